@@ -34,6 +34,7 @@ def module(name):
 def patched(node):
     "The class that a `@patch`ed function belongs to, or None"
     for d in getattr(node, 'decorator_list', []):
+        d = d.func if isinstance(d, ast.Call) else d
         if isinstance(d, ast.Name) and d.id == 'patch' and node.args.args and node.args.args[0].annotation:
             return ast.unparse(node.args.args[0].annotation)
 
