@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         super().__init__()
         named = dict(hidden=hidden, dim_head=dim_head, act=act, norm=norm, eps=eps, bias=bias,
                      causal=causal, dropout=dropout, attn_dropout=attn_dropout)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path*i/max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path=rate, **named) for rate in rates)
         self.layer_drop = layer_drop
 
