@@ -5,26 +5,26 @@
 # %% auto #0
 __all__ = ['DTYPES', 'OPTIMIZERS', 'Table', 'collate', 'BatchLoader', 'dict_loaders', 'rows_of', 'move', 'Task', 'DictLearner',
            'Parts', 'part_names', 'NanGuard', 'warmup_then_constant', 'warmup_then_cosine', 'Schedule',
-           'WarmupThenConstant', 'WarmupThenCosine', 'Ema', 'StepLog', 'log_text', 'Checkpoints', 'param_groups',
-           'make_learner', 'quiet_fit']
+           'WarmupThenConstant', 'WarmupThenCosine', 'Ema', 'param_groups', 'make_learner', 'quiet_fit', 'Checkpoints',
+           'StepLog']
 
-# %% ../../nbs/training/31_learner.ipynb #24a2ce9e
-import csv, io, json, math, signal, threading, warnings
-from pathlib import Path
+# %% ../../nbs/training/31_learner.ipynb #a95f3122
+import math, signal, warnings
 from typing import Callable, Iterable, Mapping
 import pandas as pd, torch
-from fastcore.basics import patch
-from fastcore.foundation import L
 from torch import Tensor, nn
-from .checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint, set_rng_state, write_whole
 from .objectives import combine
+from .resume import Checkpoints, StepLog
 with warnings.catch_warnings():   # fastai's own imports warn about pandas and torch.jit
     warnings.simplefilter('ignore')
-    from fastai.callback.core import Callback, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException
+    from fastai.callback.core import Callback, CancelBackwardException, CancelEpochException, CancelStepException
     from fastai.callback.progress import ProgressCallback
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner, Metric
     from fastai.optimizer import OptimWrapper
+
+# %% ../../nbs/training/31_learner.ipynb #926b65ac
+_all_ = ['Checkpoints', 'StepLog']   # they have a notebook of their own, 36; the names are offered here too
 
 # %% ../../nbs/training/31_learner.ipynb #a6fefe28
 class Table:
@@ -293,106 +293,6 @@ class Ema(Callback):
     after_validate = before_validate
     def state_dict(self) -> dict: return dict(average=self.average)
     def load_state_dict(self, state: dict): self.average = [t.to(l.device) for t, l in zip(state['average'], self.live())]
-
-# %% ../../nbs/training/31_learner.ipynb #8058c3f2
-class StepLog(Callback):
-    "One row a step and one an epoch, kept in `rows` and written as .csv or .jsonl"
-    order = 55
-    def __init__(self, path: str|Path|None=None, every: int=1):
-        self.path, self.every, self.rows = path and Path(path), every, []
-        if path and self.path.suffix not in ('.csv', '.jsonl'): raise ValueError(f'{path}: a log is .csv or .jsonl')
-    def after_batch(self):
-        learn = self.learn
-        if not learn.training or learn.pending or (learn.steps - 1)%self.every: return
-        parts = {k: float(v) for k, v in learn.pred['parts'].items()}
-        self.rows.append(dict(step=learn.steps, epoch=learn.epoch, lr=learn.opt.opt.param_groups[0]['lr'], loss=float(learn.loss.detach()), **parts))
-    def after_epoch(self):
-        names, values = self.learn.recorder.metric_names[1:], self.learn.final_record
-        self.rows.append(dict(step=self.learn.steps, epoch=self.learn.epoch, **{n: v for n, v in zip(names, values) if isinstance(v, float)}))
-        self.write()
-    def after_fit(self): self.write()
-    def write(self):
-        "The file, whole"
-        if self.path and self.learn.fitting: write_whole(self.path, lambda p: p.write_text(log_text(self.rows, self.path.suffix), encoding='utf-8'))
-    def state_dict(self) -> dict: return dict(rows=self.rows)
-    def load_state_dict(self, state: dict): self.rows = state['rows']
-
-def log_text(rows: list[dict], suffix: str) -> str:
-    "Rows as CSV or as JSON lines"
-    if suffix == '.jsonl': return ''.join(json.dumps(r) + '\n' for r in rows)
-    text = io.StringIO()
-    out = csv.DictWriter(text, list(dict.fromkeys(k for r in rows for k in r)), lineterminator='\n')
-    out.writeheader(); out.writerows(rows)
-    return text.getvalue()
-
-# %% ../../nbs/training/31_learner.ipynb #6fefa83c
-class Checkpoints(Callback):
-    "Saves the whole run every few steps, on Ctrl-C and at the end, and goes on from there: bit for bit the same run"
-    order = 70
-    def __init__(self,
-        folder: str|Path,       # where the run lives
-        every: int=100,         # steps between saves
-        *,
-        resume: bool=True,      # go on where a saved run stopped
-    ): self.folder, self.every, self.resume, self.stopping, self.rng, self.old = Path(folder), every, resume, False, None, {}
-
-    def before_fit(self):
-        if not self.learn.fitting: return   # validation alone
-        self.stopping, self.done, self.begin = False, False, 0
-        if self.resume and (self.folder/CHECKPOINT).exists(): self.restore()
-        if threading.current_thread() is threading.main_thread():
-            self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number, frame):
-        "The first signal asks for a save; the next one does what it always did"
-        self.stopping = True
-        self.release()
-
-    def release(self):
-        "Give the signals back"
-        for s, handler in self.old.items(): signal.signal(s, handler)
-        self.old = {}
-
-    def before_train(self):
-        if self.rng is not None: set_rng_state(self.rng); self.rng = None
-
-    def after_batch(self):
-        learn = self.learn
-        if not learn.training or learn.pending: return
-        if self.stopping or learn.steps%self.every == 0: self.save(learn.epoch, self.begin + learn.iter + 1)
-        if self.stopping: raise CancelFitException
-
-    def after_epoch(self): self.begin = 0
-    def after_cancel_fit(self): self.done = True
-    def after_fit(self):
-        if self.learn.fitting and not self.done: self.save(self.learn.n_epoch, 0)
-
-# %% ../../nbs/training/31_learner.ipynb #c6327da0
-@patch
-def save(self: Checkpoints, epoch: int, batch: int):
-    "Everything the run needs to go on at this batch of this epoch"
-    learn, r = self.learn, self.learn.recorder
-    smooth = dict(count=r.smooth_loss.count, val=r.smooth_loss.val)
-    record = dict(lrs=list(r.lrs), iters=list(r.iters), losses=list(r.losses), values=[list(v) for v in r.values], smooth=smooth)
-    others = {cb.name: cb for cb in learn.cbs if hasattr(type(cb), 'load_state_dict')}
-    place = dict(epoch=epoch, batch=batch, order=learn.dls.train.epoch - (batch > 0), steps=learn.steps, bs=learn.dls.train.bs, seed=learn.dls.train.seed)
-    save_checkpoint(self.folder, model=learn.model, optimizer=learn.opt.opt, scaler=learn.scaler, place=place, record=record, callbacks=others)
-
-@patch
-def restore(self: Checkpoints):
-    "Put the run where it was; ValueError where the data would come in another order"
-    learn = self.learn
-    saved = load_checkpoint(self.folder, model=learn.model, optimizer=learn.opt.opt)
-    place, record, dl, r = saved['place'], saved['record'], learn.dls.train, learn.recorder
-    if (place['bs'], place['seed']) != (dl.bs, dl.seed):
-        raise ValueError(f'{self.folder} was made with batches of {place["bs"]} and seed {place["seed"]}, not {dl.bs} and {dl.seed}')
-    learn.first_epoch, self.begin, learn.steps, dl.epoch, dl.start = place['epoch'], place['batch'], place['steps'], place['order'], place['batch']
-    if learn.scaler and saved['scaler']: learn.scaler.load_state_dict(saved['scaler'])
-    for cb in learn.cbs:
-        if cb.name in saved['callbacks']: cb.load_state_dict(saved['callbacks'][cb.name])
-    r.lrs, r.iters, r.losses, r.values = record['lrs'], record['iters'], record['losses'], [L(v) for v in record['values']]
-    r.smooth_loss.count, r.smooth_loss.val = record['smooth']['count'], record['smooth']['val']
-    self.rng = saved['rng']
 
 # %% ../../nbs/training/31_learner.ipynb #e3e5e88e
 def param_groups(
