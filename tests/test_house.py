@@ -10,8 +10,8 @@ import zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
+from house import root
 
-root = Path(__file__).resolve().parents[1]
 package = root/'vl_tutor'
 modules = sorted(p for p in package.rglob('*.py') if p.name not in ('_modidx.py', '__init__.py'))
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)

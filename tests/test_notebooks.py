@@ -3,10 +3,9 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 import pytest
+from house import root
 
-root = Path(__file__).resolve().parents[1]
 notebooks = sorted((p for p in (root/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(root/'nbs').parts)),
                    key=lambda p: (p.name, p))
 run = 'import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1])'

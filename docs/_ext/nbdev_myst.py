@@ -71,26 +71,30 @@ def constructor(cls):
     return arguments(init) if init else fields(cls)
 
 def table(rows, notes, returns=None):
-    "A markdown table of arguments, only where there is something to say"
-    esc = lambda s: s.replace('|', '\\|')
+    "A markdown table of arguments, where at least one of them is explained"
+    if returns and returns[1] not in ('', 'None'): rows = [*rows, ('returns', None, returns[1], returns[0])]
+    if not any(notes.get(r[3]) for r in rows): return ''
+    esc = lambda s: (s or '').replace('|', '\\|')
     code = lambda s: f'`{esc(s)}`' if s else ''
-    if not any(r[2] or notes.get(r[3]) for r in rows) and not returns: return ''
-    lines = ['| Argument | Type | Default | Meaning |', '|---|---|---|---|']
-    lines += [f'| **{esc(n)}** | {code(t)} | {code(d)} | {esc(notes.get(line, ""))} |' for n, d, t, line in rows]
-    if returns and returns[1] not in ('', 'None'): lines.append(f'| *returns* | {code(returns[1])} | | {esc(notes.get(returns[0], ""))} |')
-    return '\n'.join(lines) if len(lines) > 2 else ''
+    cells = [[f'*{n}*' if n == 'returns' else f'**{esc(n)}**', esc(notes.get(line)), code(t), code(d)] for n, d, t, line in rows]
+    shown = [i for i in range(4) if i < 2 or any(row[i] for row in cells)]
+    head = [['Argument', 'Meaning', 'Type', 'Default'], ['---']*4]
+    return '\n'.join('| ' + ' | '.join(row[i] for i in shown) + ' |' for row in head + cells)
 
-def signature(rows, fn=None):
-    "Arguments and defaults without the types; the star of keyword-only arguments kept"
+def signature(rows, fn=None, *, types=False):
+    "Arguments and defaults, the star of keyword-only ones kept; types only where no table tells them"
     kw = {a.arg for a in fn.args.kwonlyargs} if fn and not fn.args.vararg else set()
     out = []
-    for name, default, *_ in rows:
+    for name, default, annotation, _ in rows:
         if name in kw and '*' not in out: out.append('*')
-        out.append(name if default is None else f'{name}={default if len(default) < 40 else "..."}')
-    return f'({", ".join(out)})'
+        note = f': {annotation}' if types and annotation else ''
+        value = '' if default is None else f'={default if len(default) < 40 else "..."}'
+        out.append(name + note + (value.replace('=', ' = ', 1) if note else value))
+    back = f' -> {ast.unparse(fn.returns)}' if types and fn and fn.returns and fn.name != '__init__' else ''
+    return f'({", ".join(out)}){back}'
 
 def block(kind, full, rows, doc, tbl, inner='', fn=None, fence='`'*5):
-    return f'{fence}{{py:{kind}}} {full}{signature(rows, fn)}\n{doc}\n\n{tbl}\n\n{inner}\n{fence}'
+    return f'{fence}{{py:{kind}}} {full}{signature(rows, fn, types=not tbl)}\n{doc}\n\n{tbl}\n\n{inner}\n{fence}'
 
 def describe(full, lib, mod):
     "A `py:` directive for the exported symbol `full`: signature, docstring, argument table, and its public methods"
