@@ -176,19 +176,20 @@ def spelled(self: KeyMap, official: Mapping) -> dict:
             raise ValueError(f'{copy} and {name} are tied and must be equal, but they differ')
     return out
 
-# %% ../../nbs/training/34_checkpoints.ipynb #79c46fe2
+# %% ../../nbs/training/34_checkpoints.ipynb #9760629c
 @patch
 def to_ours(self: KeyMap,
     official: Mapping,             # official name → tensor, or → shape
     expected: Iterable|None=None,  # the names we need; a mapping to tensors or shapes has its shapes compared too
 ) -> dict:                         # our name → tensor, or → shape
     "Translate an official checkpoint; ValueError lists every key that is unknown, missing or of the wrong shape"
-    done, unknown, missing = self.translate(self.spelled(official), True)
+    given = self.spelled(official)
+    done, unknown, missing = self.translate(given, True)
     unknown = [k for k in unknown if not any(p.fullmatch(k) for p in self.drop)]
     strange, wrong = [], []
     if expected is not None:
         wanted = list(expected)
-        missing += [o for k in wanted if k not in done for o in self.official_names(k)]
+        missing += [o for k in wanted if k not in done for o in self.official_names(k) if o not in given]
         strange = [k for k in done if k not in set(wanted)]
         if isinstance(expected, Mapping):
             wrong = [f'{k} {tuple(done[k].shape)} where {_shape(expected[k])} is needed'
