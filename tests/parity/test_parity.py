@@ -1,0 +1,29 @@
+"The same numbers as the authors' code: every fixture and manifest under the golden root, built from its own files."
+import json
+from pathlib import Path
+import pytest
+import torch
+import parity_captioner
+from parity_golden import CHECKERS, MANIFESTS, ROOT, compare, fixtures, manifests
+from vl_tutor.models.parity import read_golden
+
+TOLERANCES = dict(captioner=parity_captioner)
+
+
+@pytest.mark.parametrize('name', fixtures() or ['(none)'])
+def test_fixture(name):
+    assert name != '(none)', f'no fixture under {ROOT}'
+    assert name in CHECKERS, f'{ROOT/name} is tested by nobody: register a checker'
+    system, fixture = name.split('/')
+    torch.manual_seed(0)
+    config, weights, io = read_golden(ROOT/name)
+    ours = CHECKERS[name](config, weights, io)
+    limits = TOLERANCES[system]
+    assert compare(ours, io, limits.atol(fixture), limits.rtol(fixture)) == sum(not k.startswith('in.') for k in io)
+
+
+@pytest.mark.parametrize('name', manifests())
+def test_manifest(name):
+    system = Path(name).parts[0]
+    assert system in MANIFESTS, f'{ROOT/name} is tested by nobody'
+    MANIFESTS[system](Path(name).name, json.loads((ROOT/name).read_text()))
