@@ -14,7 +14,6 @@ export OMP_NUM_THREADS ?= 2
 export MPLBACKEND ?= Agg
 export GRADIO_ANALYTICS_ENABLED = False
 export HF_HUB_DISABLE_TELEMETRY = 1
-export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test install install-dev sync docs pytest export notebooks clean distclean

@@ -9,6 +9,8 @@ import pytest
 from house import root
 
 sys.path.insert(0, str(root/'docs'/'_ext'))
+from nbdev_myst import HIDE, anchored, directives  # noqa: E402
+
 notebooks = sorted(p.relative_to(root/'nbs') for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 CHROMIUM = '/usr/bin/chromium'
 
@@ -23,10 +25,8 @@ def test_page(notebook, site):
     title = re.search(r'^# (.*)$', '\n'.join(cells(notebook, 'markdown')), re.M)[1]
     assert re.sub(r'[`*]', '', title).split()[0] in re.sub(r'<[^>]+>', '', re.search(r'<h1>(.*?)</h1>', html, re.S)[1])
     assert '#|' not in re.sub(r'<[^>]+>', '', html), 'a directive is shown'
-    hidden = [s for s in cells(notebook) if s.startswith('#| hide')]
-    for source in hidden:
-        line = next((x for x in source.splitlines()[1:] if len(x) > 30), None)
-        if line: assert line not in re.sub(r'<[^>]+>', '', html), f'a hidden cell is shown: {line}'
+    cells_shown = [d for d, code in map(directives, cells(notebook)) if not d.keys() & HIDE and d.get('echo') != 'false' and code.strip()]
+    assert len(re.findall(r'class="[^"]*\bcell_input\b', html)) == len(cells_shown), 'cells that should be hidden are shown, or the other way round'
 
 
 def test_index_leads_to_every_page(site):
@@ -42,7 +42,6 @@ def exported():
 
 
 def test_search_knows_every_exported_symbol(site):
-    from nbdev_myst import anchored
     index = json.loads(re.sub(r'^Search\.setIndex\(|\)$', '', (site/'searchindex.js').read_text(encoding='utf-8')))
     known = {f'{prefix}.{entry[-1] if isinstance(entry, list) else entry}' for prefix, entries in index['objects'].items() for entry in entries}
     wanted = [s for s in exported() if s in anchored('vl_tutor')]
