@@ -134,7 +134,7 @@ def read_legacy(
             t.copy_(torch.frombuffer(bytearray(f.read(count*t.element_size())) or bytearray(16), dtype=t.dtype)[:count])
     return obj
 
-# %% ../../nbs/training/35_released_files.ipynb #3231eec6
+# %% ../../nbs/training/35_released_files.ipynb #ab9630d6
 def read_torch(
     path: Path,   # `.pth`, `.pt`, `.ckpt`, `.bin`
 ):                # the object in it
@@ -142,7 +142,9 @@ def read_torch(
     zipped = zipfile.is_zipfile(path)
     try:
         if zipped: refuse_programs(path)
-        with warnings.catch_warnings(action='ignore'): return torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as refusal: refused = type(refusal).__name__
     try: return read_zip(path) if zipped else read_legacy(path)
     except Exception as e: raise ValueError(f'{path} is not a checkpoint that can be read ({refused}): {e or type(e).__name__}') from None
