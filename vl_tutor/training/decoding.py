@@ -37,25 +37,33 @@ def _begin(prompt: Tensor|None, bos_id: int|None, batch: int, device, max_len: i
     if prompt.ndim != 2 or not prompt.numel(): raise ValueError(f'a prompt is (b n) ids, not {tuple(prompt.shape)}')
     return prompt
 
-# %% ../../nbs/training/33_decoding.ipynb #1bef422a
+# %% ../../nbs/training/33_decoding.ipynb #5fe6aa9b
+def _gains(pending: list[tuple[Tensor, Tensor]]) -> Tensor:
+    "Log-probabilities of the chosen words of several steps at once `(n b)`"
+    logits, tokens = map(torch.stack, zip(*pending))                # (n b v), (n b)
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+# %% ../../nbs/training/33_decoding.ipynb #ba9a55bc
 def unroll(
     step: Callable,      # (new ids `(b n)`, cache) → logits `(b v)`
     cache,               # the model's memory
     ids: Tensor,         # prompt `(b n)`
-    choose: Callable,    # (logits `(b v)`, step number) → words `(b,)`, log-probabilities `(b,)`
+    choose: Callable,    # (logits `(b v)`, step number) → words `(b,)`
     *,
     eos_id: int|None,    # ends a row
     pad_id: int|None,    # fills finished rows; `eos_id` if None
     max_len: int,        # words to generate at most
-) -> Decoded:
+) -> Decoded:            # scores are summed log-probabilities
     "Grow every row word by word until all have ended"
-    pad, new, ended, done = eos_id if pad_id is None else pad_id, ids, {}, None
-    tokens, gains = [], []
+    pad, new, ended, tokens, gains, pending = eos_id if pad_id is None else pad_id, ids, {}, [], [], []
     for t in range(max_len):
-        token, gain = choose(step(new, cache), t)
-        if ended: token, gain = token.masked_fill(done, pad), gain.masked_fill(done, 0.)
-        tokens.append(token); gains.append(gain)
-        just = [i for i, word in enumerate(token.tolist()) if word == eos_id and i not in ended]
+        logits = step(new, cache)
+        token = choose(logits, t)
+        pending.append((logits, token))
+        if len(pending)*logits.numel() > 2**22: gains, pending = [*gains, _gains(pending)], []   # never many at once
+        if ended: token = token.masked_fill(done, pad)
+        tokens.append(token)
+        just = [] if eos_id is None else [i for i, word in enumerate(token.tolist()) if word == eos_id and i not in ended]
         if just:
             ended |= dict.fromkeys(just, t + 1)
             if len(ended) == len(ids): break
@@ -63,9 +71,11 @@ def unroll(
         new = token[:, None]
     lengths = torch.tensor([ended.get(i, max_len) for i in range(len(ids))], device=ids.device)
     stopped = torch.tensor([i in ended for i in range(len(ids))], device=ids.device)
-    return Decoded(torch.cat([ids, torch.stack(tokens, 1)], 1), torch.stack(gains, 1).sum(1), lengths, stopped, ids.shape[1])
+    gains = torch.cat([*gains, _gains(pending)] if pending else gains)                        # (n b)
+    late = torch.arange(len(gains), device=ids.device)[:, None] >= lengths
+    return Decoded(torch.cat([ids, torch.stack(tokens, 1)], 1), gains.masked_fill(late, 0.).sum(0), lengths, stopped, ids.shape[1])
 
-# %% ../../nbs/training/33_decoding.ipynb #dd3fb1e1
+# %% ../../nbs/training/33_decoding.ipynb #5ce80461
 @torch.no_grad()
 def greedy(
     step: Callable,             # (new ids `(b n)`, cache) → logits `(b v)`
@@ -78,13 +88,10 @@ def greedy(
     prompt: Tensor|None=None,   # ids to begin with `(b n)`
     batch: int=1,               # rows, where there is no prompt
     device=None,                # of the ids, where there is no prompt
-) -> Decoded:
+) -> Decoded:                   # scores are summed log-probabilities
     "The likeliest word at every step"
-    def likeliest(logits, t):
-        best, word = logits.float().max(-1)
-        return word, best - logits.float().logsumexp(-1)
     ids = _begin(prompt, bos_id, batch, device, max_len)
-    return unroll(step, cache, ids, likeliest, eos_id=eos_id, pad_id=pad_id, max_len=max_len)
+    return unroll(step, cache, ids, lambda logits, t: logits.argmax(-1), eos_id=eos_id, pad_id=pad_id, max_len=max_len)
 
 # %% ../../nbs/training/33_decoding.ipynb #282d8b13
 def cut_probs(
@@ -115,7 +122,7 @@ def draw(
     u = torch.minimum(uniforms.double(), line[:, -1]*(1 - 1e-12))     # rounding never leads past the last word
     return torch.searchsorted(line, u[:, None], right=True)[:, 0]
 
-# %% ../../nbs/training/33_decoding.ipynb #1a6ab84d
+# %% ../../nbs/training/33_decoding.ipynb #7e5e2807
 def _sampling(step, cache, ids, weigh: Callable, eos_id, pad_id, max_len, uniforms, generator, keep_probs) -> Decoded:
     "Draw every word from what `weigh` makes of the logits"
     if uniforms is None: uniforms = torch.rand(len(ids), max_len, generator=generator, dtype=torch.float64)
@@ -125,8 +132,7 @@ def _sampling(step, cache, ids, weigh: Callable, eos_id, pad_id, max_len, unifor
     def drawn(logits, t):
         probs = weigh(logits)
         if keep_probs: seen.append(probs)
-        word = draw(probs, uniforms[:, t])
-        return word, logits.float().log_softmax(-1).gather(1, word[:, None])[:, 0]
+        return draw(probs, uniforms[:, t])
     done = unroll(step, cache, ids, drawn, eos_id=eos_id, pad_id=pad_id, max_len=max_len)
     return done._replace(probs=torch.stack(seen, 1)) if keep_probs else done
 
