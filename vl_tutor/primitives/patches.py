@@ -59,7 +59,7 @@ def unpatchify(
     if d != patch*patch*channels: raise ValueError(f'width d={d} is not {patch}·{patch}·{channels} numbers')
     return rearrange(patches, 'b (r k) (y x c) -> b c (r y) (k x)', r=rows, y=patch, x=patch)
 
-# %% ../../nbs/primitives/04_patches.ipynb #497cda7b
+# %% ../../nbs/primitives/04_patches.ipynb #0902e320
 class PatchEmbed(nn.Module):
     "Cut and embed in one step: a convolution whose stride is its own size (Dosovitskiy et al. 2021, eq. 1)"
     def __init__(
@@ -84,7 +84,8 @@ class PatchEmbed(nn.Module):
         "One token per square, row by row; raises ValueError for pictures of another shape"
         want = (self.proj.in_channels, *self.image_size)
         if images.ndim != 4 or images.shape[1:] != want:
-            raise ValueError(f'expected pictures of shape (b, {", ".join(map(str, want))}), got {tuple(images.shape)}')
+            c, h, w = want
+            raise ValueError(f'expected pictures of shape (b, {c}, {h}, {w}), got {tuple(images.shape)}')
         return rearrange(self.proj(images), 'b d r k -> b (r k) d')
 
 # %% ../../nbs/primitives/04_patches.ipynb #f959cfbc

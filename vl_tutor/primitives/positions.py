@@ -10,14 +10,14 @@ import torch, torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-# %% ../../nbs/primitives/03_positions.ipynb #8b9f4e68
+# %% ../../nbs/primitives/03_positions.ipynb #351a9a89
 def sincos_1d(
     places: int|Tensor,     # how many places, or the places themselves `(n)`, in steps (fractions allowed)
     dim: int,               # width `d`, even
     *,
     base: float=10_000.,    # wavelengths run from 2π to 2π·base
 ) -> Tensor:                # `(n d)` float32: d/2 sines, then d/2 cosines
-    "Counted waves: sine and cosine of the place at falling speeds (Vaswani et al. 2017, section 3.5; in halves, as MAE's)"
+    "Counted waves: sines, then cosines of the place at falling speeds (Vaswani et al. 2017, section 3.5)"
     if dim % 2: raise ValueError(f'sine and cosine share the width, so it must be even: got dim={dim}')
     places = torch.arange(places) if isinstance(places, int) else places.flatten()
     speed = base**-(torch.arange(dim//2, dtype=torch.float64)/(dim//2))
@@ -42,25 +42,25 @@ def sincos_2d_ref(
     half = lambda place: sincos_1d(torch.tensor([place]), dim//2)[0]
     return torch.stack([torch.cat([half(c), half(r)]) for r in range(rows) for c in range(cols)])
 
-# %% ../../nbs/primitives/03_positions.ipynb #2fa7ea47
+# %% ../../nbs/primitives/03_positions.ipynb #2779950b
 def sincos_2d(
     rows: int,              # rows of the grid
     cols: int,              # columns of the grid
     dim: int,               # width `d`, a multiple of 4
     *,
-    first: str='column',    # which coordinate fills the first half: 'column' (MAE, VLC) or 'row' (Uni-Perceiver)
+    first: str='column',    # what fills the first half: 'column' (MAE, VLC) or 'row' (Uni-Perceiver)
     extra: int=0,           # rows of zeros put before the grid, for class tokens
     scale: float=1.,        # multiplies the coordinates, so that a larger picture spans the same range
 ) -> Tensor:                # `(extra+rows·cols d)` float32, the grid read row by row
-    "Waves for a grid: half of the width encodes the column and half the row (He et al. 2022, appendix A.1, and its code)"
-    if dim % 4: raise ValueError(f'two coordinates with sine and cosine each need a width divisible by 4: got dim={dim}')
+    "Waves for a grid: half of the width for the column, half for the row (He et al. 2022, appendix A.1)"
+    if dim % 4: raise ValueError(f'sine and cosine of two coordinates need a multiple of 4: got dim={dim}')
     if first not in ('column', 'row'): raise ValueError(f"first must be 'column' or 'row', not {first!r}")
     down = repeat(sincos_1d(torch.arange(rows)*scale, dim//2), 'r d -> (r c) d', c=cols)
     across = repeat(sincos_1d(torch.arange(cols)*scale, dim//2), 'c d -> (r c) d', r=rows)
     grid = torch.cat([across, down] if first == 'column' else [down, across], 1)
     return torch.cat([torch.zeros(extra, dim), grid])
 
-# %% ../../nbs/primitives/03_positions.ipynb #a8dd2a74
+# %% ../../nbs/primitives/03_positions.ipynb #508f5844
 class LearnedPositions(nn.Module):
     "A trainable row for every place, added to the token that stands there (Dosovitskiy et al. 2021, eq. 1)"
     def __init__(
@@ -79,13 +79,13 @@ class LearnedPositions(nn.Module):
         start: int=0,      # place of the first token, for cached decoding
     ) -> Tensor:           # `(b n d)`
         "Add rows start … start+n-1; raises ValueError beyond the table"
-        stop = start + tokens.shape[1]
-        if stop > len(self.weight): raise ValueError(f'place {stop - 1} asked for, but the table has {len(self.weight)} rows')
+        stop, n = start + tokens.shape[1], len(self.weight)
+        if stop > n: raise ValueError(f'place {stop - 1} asked for, but the table has {n} rows')
         return tokens + self.weight[start:stop]
 
-# %% ../../nbs/primitives/03_positions.ipynb #a5f16d49
+# %% ../../nbs/primitives/03_positions.ipynb #ad133fee
 class TimePositions(nn.Module):
-    "A trainable row for every frame, shared by all tokens of that frame (Alayrac et al. 2022, section 2.1)"
+    "A trainable row for every frame, shared by all its tokens (Alayrac et al. 2022, section 2.1)"
     def __init__(
         self,
         frames: int,       # longest clip
@@ -103,12 +103,12 @@ class TimePositions(nn.Module):
         start: int=0,            # row of the first frame
     ) -> Tensor:                 # `(b t p d)`
         "Add row start+i to every token of frame i; raises ValueError beyond the table"
-        stop = start + clip.shape[1]
-        if stop > len(self.weight): raise ValueError(f'{stop} frames asked for, but the table has {len(self.weight)} rows')
+        stop, t = start + clip.shape[1], len(self.weight)
+        if stop > t: raise ValueError(f'{stop} frames asked for, but the table has {t} rows')
         rows = self.weight[start:stop]
         return clip + (rows if keep is None else rows*keep[..., None, None].to(rows))
 
-# %% ../../nbs/primitives/03_positions.ipynb #a582cfbd
+# %% ../../nbs/primitives/03_positions.ipynb #040457a5
 def resize_positions(
     table: Tensor,              # `(extra+r·c d)` or `(1 extra+r·c d)`
     old: tuple[int, int],       # the grid it was made for: (rows, columns)
@@ -119,7 +119,7 @@ def resize_positions(
     antialias: bool=False,      # blur before shrinking; the released codes do not
     align_corners: bool=False,  # True: the corners keep their values (ViLT, Perceiver-VL)
 ) -> Tensor:                    # as `table`, for the new grid
-    "Stretch a table of positions to another grid, as one would a picture (Dosovitskiy et al. 2021, section 3.2)"
+    "Stretch a table of positions to another grid, like a picture (Dosovitskiy et al. 2021, section 3.2)"
     rows = table.reshape(-1, table.shape[-1])
     if len(rows) != extra + old[0]*old[1]:
         raise ValueError(f'a table of {len(rows)} rows is not {extra} extra + a {old[0]}×{old[1]} grid')
