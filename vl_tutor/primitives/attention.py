@@ -12,7 +12,7 @@ from einops import einsum, rearrange
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../../nbs/primitives/01_attention.ipynb #91260121
+# %% ../../nbs/primitives/01_attention.ipynb #531870cb
 def attend_ref(
     q: Tensor,               # queries `(b h n d)`
     k: Tensor,               # keys `(b h m d)`
@@ -20,7 +20,8 @@ def attend_ref(
     keep: Tensor|None=None,  # True where a query may look, broadcastable to `(b h n m)`
 ) -> tuple[Tensor, Tensor]:  # mixed values `(b h n d)` and the weights used `(b h n m)`
     "Scaled dot-product attention spelled out: score, hide, normalise, mix (Vaswani et al. 2017, eq. 1)"
-    if (d := q.shape[-1]) != k.shape[-1]: raise ValueError(f'queries have d={d} but keys have d={k.shape[-1]}')
+    if (d := q.shape[-1]) != k.shape[-1]:
+        raise ValueError(f'queries have d={d} but keys have d={k.shape[-1]}')
     score = einsum(q, k, 'b h n d, b h m d -> b h n m') * q.shape[-1]**-0.5
     if keep is not None: score = score.masked_fill(~keep, torch.finfo(score.dtype).min)
     weights = score.softmax(-1)
@@ -36,7 +37,7 @@ def causal_keep(
     m = n if m is None else m
     return torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
 
-# %% ../../nbs/primitives/01_attention.ipynb #c0714314
+# %% ../../nbs/primitives/01_attention.ipynb #f81f8601
 def attend(
     q: Tensor,               # queries `(b h n d)`
     k: Tensor,               # keys `(b h m d)`
@@ -46,7 +47,8 @@ def attend(
     dropout: float=0.,       # probability of dropping a weight
 ) -> Tensor:                 # mixed values `(b h n d)`
     "The same mixing in one fused kernel that never stores the `(n m)` weights"
-    if (d := q.shape[-1]) != k.shape[-1]: raise ValueError(f'queries have d={d} but keys have d={k.shape[-1]}')
+    if (d := q.shape[-1]) != k.shape[-1]:
+        raise ValueError(f'queries have d={d} but keys have d={k.shape[-1]}')
     n, m = q.shape[-2], k.shape[-2]
     if causal and n == 1: causal = False                       # the last query sees everything
     if causal and (keep is not None or n != m):
@@ -92,9 +94,9 @@ class KVCache:
         "Keep only these rows of the batch, in this order, as beam search asks"
         if self.keys is not None: self.keys, self.values = self.keys[rows], self.values[rows]
 
-# %% ../../nbs/primitives/01_attention.ipynb #6ebdc9be
+# %% ../../nbs/primitives/01_attention.ipynb #e90bab58
 class Attention(nn.Module):
-    "Multi-head attention over itself, or over a context if `dim_context` is given (Vaswani et al. 2017, §3.2)"
+    "Multi-head attention over itself, or over a context of width `dim_context` (Vaswani et al. 2017, §3.2)"
     def __init__(self,
         dim: int,                    # width of the queries and of the output
         heads: int,                  # number of heads
