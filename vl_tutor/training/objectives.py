@@ -11,14 +11,15 @@ from typing import Callable, Mapping
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/training/30_objectives.ipynb #58c70656
+# %% ../../nbs/training/30_objectives.ipynb #88049de4
 def cross_entropy(
     logits: Tensor,      # scores of the classes `(... v)`
     labels: Tensor,      # the right classes `(...)`, whole numbers
     ignore: int=-100,    # label that does not count
 ) -> Tensor:             # scalar: the mean over labels that count, 0 where none does
     "Mean surprise at the right answers, without the NaN of an average over nothing"
-    if logits.shape[:-1] != labels.shape: raise ValueError(f'logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, not {tuple(labels.shape)}')
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f'logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, not {tuple(labels.shape)}')
     total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore, reduction='sum')
     return total/(labels != ignore).sum().clamp(min=1)
 
@@ -116,11 +117,11 @@ def patch_attributes(
     logits = model(batch['image'])
     return {name: cross_entropy(logits[name], batch['patch_labels'][name], ignore=-1) for name in logits}
 
-# %% ../../nbs/training/30_objectives.ipynb #75b9d3f5
+# %% ../../nbs/training/30_objectives.ipynb #2de26f0a
 def combine(
-    losses: Mapping[str, Tensor],          # named parts
+    losses: Mapping[str, Tensor],            # named parts
     weights: Mapping[str, float]|None=None,  # factor of each part, 1 where none is given
-) -> Tensor:                               # scalar
+) -> Tensor:                                 # scalar
     "The weighted sum that is minimised"
     weights = weights or {}
     if unknown := set(weights) - set(losses): raise ValueError(f'weights for {sorted(unknown)}, but the parts are {sorted(losses)}')
