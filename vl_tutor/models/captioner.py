@@ -128,7 +128,7 @@ def read(self: Captioner,
         x = block(x, keep=keep, cache=cache and cache.layers[i])
     return x
 
-# %% ../../nbs/models/41_captioner.ipynb #4f969f69
+# %% ../../nbs/models/41_captioner.ipynb #367b4923
 @patch
 def pad_in_front(self: Captioner,
     prefix: Tensor,           # `(b t d)`
@@ -136,7 +136,7 @@ def pad_in_front(self: Captioner,
 ) -> tuple[Tensor, Tensor|None]:
     "Put padded frames before the real ones, so that the caption follows a real one"
     if frames is None or self.config.published: return prefix, frames
-    order = frames.long().argsort(1, stable=True)
+    order = frames.long().argsort(dim=1, stable=True)
     return prefix.take_along_dim(order[..., None], 1), frames.take_along_dim(order, 1)
 
 # %% ../../nbs/models/41_captioner.ipynb #85c3503e
@@ -313,7 +313,7 @@ def fitting_size(
     except ValueError as e: raise ValueError(f'nearest to the published size {name!r}, but {e}') from None
     return config
 
-# %% ../../nbs/models/41_captioner.ipynb #3db62765
+# %% ../../nbs/models/41_captioner.ipynb #5e68b77e
 @patch(cls_method=True)
 def from_official(cls: Captioner,
     path: str,                            # the authors' checkpoint, or a dict of its tensors
@@ -324,7 +324,7 @@ def from_official(cls: Captioner,
     theirs = theirs.get('model_state_dict', theirs)
     config = config or fitting_size({k: v.shape for k, v in theirs.items()})
     with torch.device('meta'): model = cls(config)
-    weights = captioner_keys(config).to_ours(theirs, model.state_dict().keys())
+    weights = captioner_keys(config).to_ours(theirs, model.state_dict())
     model.load_state_dict(weights, assign=True)
     return model.freeze().eval()
 
