@@ -122,7 +122,7 @@ def check(
         raise AssertionError(f'at {place}: {got[place].item():.6g}, expected {want[place].item():.6g}')
     return f'correct: largest difference {off.max().item() if off.numel() else 0:.1g}'
 
-# %% ../../nbs/primitives/00_notation.ipynb #c387444e
+# %% ../../nbs/primitives/00_notation.ipynb #89141fdb
 @contextmanager
 def expect_fail(
     contains: str='',   # words the message must hold
@@ -130,8 +130,8 @@ def expect_fail(
     "Pass only if the body raises a ValueError whose message contains these words"
     try: yield
     except ValueError as error:
-        if contains not in str(error): raise AssertionError(f'{contains!r} not in {str(error)!r}') from error
-        return
+        if contains in str(error): return
+        raise AssertionError(f'{contains!r} not in {str(error)!r}') from error
     raise AssertionError('no ValueError was raised')
 
 # %% ../../nbs/primitives/00_notation.ipynb #194ecefc
