@@ -29,7 +29,7 @@ class Difference(NamedTuple):
         return (f'{self.name} differs by {self.size:.1g} at {self.place}, {self.allowed:.0e} is allowed: '
                 f'{self.ours} instead of {self.theirs}; {self.share:.0%} of its entries are off')
 
-# %% ../../nbs/models/39_parity.ipynb #84831aa5
+# %% ../../nbs/models/39_parity.ipynb #63d6e872
 def difference(
     name: str,         # what to call the tensor
     ours: Tensor,      # any shape, any type
@@ -45,9 +45,10 @@ def difference(
     wrong = off > atol + rtol*b.abs().nan_to_num(0.)
     if not wrong.any(): return None
     place = tuple(i.item() for i in torch.unravel_index(torch.where(wrong, off, -1.).argmax(), off.shape))
-    return Difference(name, off[place].item(), atol, wrong.double().mean().item(), place, *(f'{t[place]:.6g}' for t in (a, b)))
+    entries = [f'{t[place]:.6g}' for t in (a, b)]
+    return Difference(name, off[place].item(), atol, wrong.double().mean().item(), place, *entries)
 
-# %% ../../nbs/models/39_parity.ipynb #de32e016
+# %% ../../nbs/models/39_parity.ipynb #5d2977f1
 def differences(
     ours: Mapping,                   # name → tensor, in the order in which they were computed
     theirs: Mapping,                 # name → tensor, in any order
@@ -58,8 +59,8 @@ def differences(
     "Every tensor that differs, first to last"
     limit = lambda tol, name: tol(name) if callable(tol) else tol
     both = [difference(n, ours[n], theirs[n], limit(atol, n), limit(rtol, n)) for n in ours if n in theirs]
-    lone = [Difference(n, torch.inf, 0., 1., (), *(['nothing', 'a tensor'] if n in theirs else ['a tensor', 'nothing']))
-            for n in [*ours, *theirs] if (n in ours) != (n in theirs)]
+    lone = [Difference(n, torch.inf, 0., 1., (), 'a tensor', 'nothing') for n in ours if n not in theirs]
+    lone += [Difference(n, torch.inf, 0., 1., (), 'nothing', 'a tensor') for n in theirs if n not in ours]
     return [d for d in both if d] + lone
 
 # %% ../../nbs/models/39_parity.ipynb #89673104
@@ -73,11 +74,11 @@ def first_difference(
     "The layer debugger: the first tensor, in forward order, that differs"
     return next(iter(differences(ours, theirs, atol=atol, rtol=rtol)), None)
 
-# %% ../../nbs/models/39_parity.ipynb #b1d084ac
+# %% ../../nbs/models/39_parity.ipynb #17b9a84f
 @contextmanager
 def trace(
     model: nn.Module,   # any model
-):                      # yields a dict, path of a module → what it gave, in the order in which modules finished
+):                      # yields a dict: path of a module → what it gave, in the order of finishing
     "Write down the output of every module inside a model; leaves the model as it was"
     outputs = {}
     def keep(path):
@@ -91,12 +92,13 @@ def trace(
     finally:
         for hook in hooks: hook.remove()
 
-# %% ../../nbs/models/39_parity.ipynb #3e8b9117
+# %% ../../nbs/models/39_parity.ipynb #15aa310a
 def read_golden(
     folder: str|Path,   # holds config.json and io.safetensors, and weights.safetensors where there are weights
 ) -> tuple[dict, dict, dict]:   # configuration, official weights, inputs and outputs
     "One fixture: what the authors' code was given, and what it gave"
     folder = Path(folder)
-    if not (folder/'config.json').is_file(): raise ValueError(f'{folder} holds no config.json: it is no fixture')
+    if not (path := folder/'config.json').is_file(): raise ValueError(f'{folder} holds no config.json')
     read = lambda name: load_file(folder/name) if (folder/name).is_file() else {}
-    return json.loads((folder/'config.json').read_text(encoding='utf-8')), read('weights.safetensors'), read('io.safetensors')
+    config = json.loads(path.read_text(encoding='utf-8'))
+    return config, read('weights.safetensors'), read('io.safetensors')
