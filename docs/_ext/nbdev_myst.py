@@ -49,6 +49,12 @@ def find(mod, name):
             for n in node.body:
                 if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) and n.name == method: return n
 
+def plain(annotation):
+    "An annotation as text; of `Annotated[T, …]` and of a call that makes one, such as `opt(T, …)`, only the type"
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == 'Annotated': return plain(annotation.slice.elts[0])
+    if isinstance(annotation, ast.Call): return plain(annotation.args[0]) if annotation.args else None
+    return annotation and ast.unparse(annotation)
+
 def arguments(fn):
     "`(name as written, default or None, annotation or None, last line)` for each argument but self"
     a, rows = fn.args, []
@@ -59,7 +65,7 @@ def arguments(fn):
     rows += [('', p, d) for p, d in zip(a.kwonlyargs, a.kw_defaults)]
     if a.kwarg: rows.append(('**', a.kwarg, None))
     if rows and rows[0][1].arg in ('self', 'cls'): rows = rows[1:]
-    return [(star + p.arg, d and ast.unparse(d), p.annotation and ast.unparse(p.annotation), (d or p).end_lineno) for star, p, d in rows]
+    return [(star + p.arg, d and ast.unparse(d), plain(p.annotation), (d or p).end_lineno) for star, p, d in rows]
 
 def fields(cls):
     "The same for the fields of a dataclass"
