@@ -14,7 +14,7 @@ from PIL import Image
 from ..data.images import open_image
 from .word_maps import MOST_WORDS, seen_square, style_sheet, word_view
 
-# %% ../../nbs/demos/60_captioning.ipynb #b9efd755
+# %% ../../nbs/demos/60_captioning.ipynb #1677cc2f
 class CaptionDesk:
     "What the page does, without the page: caption a picture, roll a scene"
     def __init__(self,
@@ -39,8 +39,9 @@ class CaptionDesk:
         if image is None: raise ValueError('there is no picture yet: roll a scene, draw one, or upload one')
         image = open_image(image)
         how = dict(width=int(width), temperature=float(temperature), top_p=float(top_p), seed=int(seed))
+        sees = self.tool.model.resampler is not None     # without one, words look at no patch
         with self.lock:
-            said, = self.tool.caption([image], decoding=decoding, max_words=MOST_WORDS - 10, maps=True, **how)
+            said, = self.tool.caption([image], decoding=decoding, max_words=MOST_WORDS - 10, maps=sees, **how)
         return said.text, word_view(said, image, truth)
 
     def roll(self,
@@ -69,7 +70,7 @@ It has {millions:.1f} million parameters, reads {side}×{side} pixels and was tr
 about that world. **It has never seen a photograph**: shown one, it names shapes or digits that are not there,
 as fluently as ever."""
 
-# %% ../../nbs/demos/60_captioning.ipynb #75c13a20
+# %% ../../nbs/demos/60_captioning.ipynb #200feaa9
 def in_a_sentence(
     f,    # may raise ValueError
 ):        # the same, raising gradio's Error
@@ -80,8 +81,7 @@ def in_a_sentence(
     def safe(*args, **kwargs):
         try: return f(*args, **kwargs)
         except ValueError as error:
-            text = html.escape(str(error))
-            raise gr.Error(text, title='That did not work', print_exception=False) from None
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
     return safe
 
 # %% ../../nbs/demos/60_captioning.ipynb #fdc2b935
@@ -108,19 +108,19 @@ def guard_board(
     board.convert_and_format_image = in_a_sentence(convert)
     return board
 
-# %% ../../nbs/demos/60_captioning.ipynb #b5aa4c91
+# %% ../../nbs/demos/60_captioning.ipynb #cedb76ba
 INKS = ['#DB2121', '#219E2E', '#2957E6', '#F5DB1A', '#9433C2', '#F7850F']   # the world's six colours
 
 def drawing_board(
     side: int=384,    # pixels
 ):                    # a gradio Sketchpad
-    "A white sheet and the six colours of the world"
+    "A grey wall and the six colours of the world"
     import gradio as gr
-    brush = gr.Brush(default_size=22, colors=INKS, default_color=INKS[0], color_mode='fixed')
-    sheet = dict(canvas_size=(side, side), fixed_canvas=True, height=side + 90, layers=False, transforms=())
-    tools = dict(brush=brush, eraser=gr.Eraser(default_size=40))
-    board = gr.Sketchpad(type='pil', image_mode='RGB', show_label=False, elem_id='board', **sheet, **tools)
-    return guard_board(board)
+    brush = gr.Brush(default_size=14, colors=INKS, default_color=INKS[0], color_mode='fixed')
+    sheet = dict(canvas_size=(side, side), fixed_canvas=True, height=side + 90, show_label=False)
+    tools = dict(brush=brush, eraser=gr.Eraser(default_size=24), layers=False, transforms=())
+    wall = Image.new('RGB', (side, side), '#E6E6E6')    # with a wall to paint on, the brush is in hand
+    return guard_board(gr.Sketchpad(wall, type='pil', image_mode='RGB', elem_id='board', **sheet, **tools))
 
 # %% ../../nbs/demos/60_captioning.ipynb #7c8342cc
 def sample_files(
@@ -189,7 +189,7 @@ def choices() -> list:    # five components, in the order of `CaptionDesk.captio
     decoding.change(show, decoding, [width, temperature, top_p, seed], queue=False, api_visibility='private')
     return [decoding, width, temperature, top_p, seed]
 
-# %% ../../nbs/demos/60_captioning.ipynb #0ebd3afa
+# %% ../../nbs/demos/60_captioning.ipynb #e0d4f9cf
 def wire(
     desk,              # a `CaptionDesk`
     demo,              # the page
@@ -204,15 +204,16 @@ def wire(
     shown = dict(outputs=[*result, now], show_progress='minimal')
     rolled = dict(outputs=[at['scene'], at['truth'], at['number']], show_progress='hidden')
     seen = lambda image, truth, *how: (*desk.caption(image, *how, truth=truth or None), (image, truth))
-    show = in_a_sentence(seen)
-    sent, roll = in_a_sentence(lambda image, *how: show(image, None, *how)), in_a_sentence(desk.roll)
+    def caption(image, decoding, width, temperature, top_p, seed):
+        return seen(image, None, decoding, width, temperature, top_p, seed)
+    show, sent, roll = in_a_sentence(seen), in_a_sentence(caption), in_a_sentence(desk.roll)
     scene = dict(fn=show, inputs=[at['scene'], at['truth'], *controls], **shown, **quiet)
     own = dict(fn=sent, inputs=[at['upload'], *controls], **shown)
+    at['number'].submit(roll, place, api_name='roll', **rolled).then(**scene)    # first: a name is given once
+    at['sent'].click(api_name='caption', **own)
     demo.load(roll, place, **rolled, **quiet).then(**scene)
     at['roll'].click(lambda skin, level: roll(skin, level), place[:2], **rolled, **quiet).then(**scene)
-    at['number'].submit(roll, place, api_name='roll', **rolled).then(**scene)
     tries.click(lambda row: row, tries, place, **quiet).then(roll, place, **rolled, **quiet).then(**scene)
-    at['sent'].click(api_name='caption', **own)
     at['upload'].upload(**own, **quiet)
     at['samples'].click(lambda row: row[0], at['samples'], at['upload'], **quiet).then(**own, **quiet)
     drawn = lambda drawing, *how: show(drawing and drawing['composite'], None, *how)

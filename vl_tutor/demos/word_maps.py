@@ -93,27 +93,28 @@ def as_uri(
     image.save(file, 'WEBP', quality=90)
     return 'data:image/webp;base64,' + base64.b64encode(file.getvalue()).decode()
 
-# %% ../../nbs/demos/59_word_maps.ipynb #ddeb35e1
+# %% ../../nbs/demos/59_word_maps.ipynb #f733cde4
 def word_chip(
     k: int,              # number of the word; 0 is the whole picture
     word: str,           # anything at all: it is escaped
     wrong: bool=False,   # underline it
 ) -> str:                # HTML
     "One word as a button with its own small picture"
-    layers = f'var(--f{k}),var(--pic)' if k else 'var(--pic)'
+    layers = f'var(--f{k},none),var(--pic)' if k else 'var(--pic)'
     button = f'<input type="radio" name="vlt-word"{"" if k else " checked"}>'
     return (f'<label class="vlt-word w{k}{" off" if wrong else ""}">{button}'
             f'<i style="background-image:{layers}"></i><span>{html.escape(word)}</span></label>')
 
-# %% ../../nbs/demos/59_word_maps.ipynb #c21391a1
+# %% ../../nbs/demos/59_word_maps.ipynb #bab64a77
 def word_view(
-    caption,                # made with `maps=True`
+    caption,                # made with `maps=True`; without maps there is no fog
     image,                  # the picture it captions
     truth: str|None=None,   # the true caption, where it is known
 ) -> str:                   # HTML that needs no script
     "The caption as words to hover or pick, each clearing the fog where the model looked"
     said, wrong = caption.words, misplaced(caption.words, truth.split()) if truth else set()
-    layers = [f'--f{k}:url({as_uri(fog(w))})' for k, w in enumerate(caption.maps, 1)]
+    maps = [] if caption.maps is None else caption.maps
+    layers = [f'--f{k}:url({as_uri(fog(w))})' for k, w in enumerate(maps, 1)]
     styles = ';'.join([f'--pic:url({as_uri(seen_square(image))})', *layers])
     veil = '<i class="f#" style="background-image:var(--f#)"></i>'
     veils = ''.join(veil.replace('#', str(k)) for k, _ in enumerate(said, 1))
