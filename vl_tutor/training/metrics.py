@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import Iterable, NamedTuple
 import numpy as np
 
-# %% ../../nbs/training/32_metrics.ipynb #f44a3374
-_ENTITIES = (('<skipped>', ''), ('-\n', ''), ('\n', ' '), ('&quot;', '"'), ('&amp;', '&'), ('&lt;', '<'), ('&gt;', '>'))
+# %% ../../nbs/training/32_metrics.ipynb #340bd7ca
+_ENTITIES = (('<skipped>', ''), ('-\n', ''), ('\n', ' '),
+             ('&quot;', '"'), ('&amp;', '&'), ('&lt;', '<'), ('&gt;', '>'))
 _13A = ((re.compile(r'([!-&(-+/:-@\[-`{-~])'), r' \1 '), (re.compile(r'([^0-9])([.,])'), r'\1 \2 '),
         (re.compile(r'([.,])([^0-9])'), r' \1 \2'), (re.compile(r'([0-9])(-)'), r'\1 \2 '))
 
@@ -54,11 +55,12 @@ class Bleu(NamedTuple):
     length: int                    # words predicted
     reference_length: int          # words of the reference that the penalty compares with
 
-# %% ../../nbs/training/32_metrics.ipynb #29558f1d
+# %% ../../nbs/training/32_metrics.ipynb #7ecb0927
 def paired(preds: Iterable[str], refs: Iterable) -> list[tuple[str, list[str]]]:
     "Each prediction with the list of its references; a single reference may be a bare string"
     preds, refs = list(preds), [[r] if isinstance(r, str) else list(r) for r in refs]
-    if len(preds) != len(refs): raise ValueError(f'{len(preds)} predictions but {len(refs)} sets of references')
+    if len(preds) != len(refs):
+        raise ValueError(f'{len(preds)} predictions but {len(refs)} sets of references')
     for i, many in enumerate(refs):
         if not many: raise ValueError(f'prediction {i} has no reference')
     return list(zip(preds, refs))
@@ -141,7 +143,7 @@ def _rouge(words, sets, style: str) -> float:
     if style == 'coco': return f(max(precision), max(recall), 1.2)
     return max(f(p, r, 1.) for p, r in zip(precision, recall))
 
-# %% ../../nbs/training/32_metrics.ipynb #773b6766
+# %% ../../nbs/training/32_metrics.ipynb #fcf13400
 def rouge_l(
     preds,                  # predicted sentences
     refs,                   # per prediction one sentence or a list of them
@@ -151,7 +153,8 @@ def rouge_l(
 ) -> Scores:                # F scores
     "ROUGE-L (Lin 2004, §3), as rouge_score or as COCO's evaluation computes it"
     if style not in ('best', 'coco'): raise ValueError(f"style is 'best' or 'coco', not {style!r}")
-    each = np.array([_rouge(tokenize(p), [tokenize(r) for r in many], style) for p, many in paired(preds, refs)])
+    score = lambda pred, many: _rouge(tokenize(pred), [tokenize(r) for r in many], style)
+    each = np.array([score(p, many) for p, many in paired(preds, refs)])
     return Scores(float(each.mean()) if len(each) else 0., each)
 
 # %% ../../nbs/training/32_metrics.ipynb #c4aad5fa
@@ -194,7 +197,7 @@ def _windows(words: np.ndarray, owner: np.ndarray, n: int):
         inside = owner[:len(owner) - k] == owner[k:]
         yield code[inside], owner[:len(owner) - k][inside]
 
-# %% ../../nbs/training/32_metrics.ipynb #7cea89b8
+# %% ../../nbs/training/32_metrics.ipynb #efced36c
 def _cosines(gram: np.ndarray, owner: np.ndarray, image: np.ndarray, total: int) -> np.ndarray:
     "Clipped tf-idf cosine of every reference with the prediction of its picture, for one order"
     if not len(gram): return np.zeros(len(image) - total)
@@ -208,11 +211,12 @@ def _cosines(gram: np.ndarray, owner: np.ndarray, image: np.ndarray, total: int)
     wanted = image[own[first:]]*size + gram[first:]
     place = np.searchsorted(key[:first], wanted).clip(max=max(first - 1, 0))
     mine = np.where(key[place] == wanted, weight[place], 0.) if first else np.zeros(len(wanted))
-    dot = np.bincount(own[first:] - total, np.minimum(mine, weight[first:])*weight[first:], len(image) - total)
+    theirs = weight[first:]
+    dot = np.bincount(own[first:] - total, np.minimum(mine, theirs)*theirs, len(image) - total)
     size = norm[image[total:]]*norm[total:]
     return np.divide(dot, size, out=np.zeros(len(dot)), where=size > 0)
 
-# %% ../../nbs/training/32_metrics.ipynb #bbdf9112
+# %% ../../nbs/training/32_metrics.ipynb #260c8dc6
 def cider_d(
     preds,                  # predicted sentences
     refs,                   # per prediction one sentence or a list of them
@@ -224,8 +228,8 @@ def cider_d(
     "CIDEr-D (Vedantam et al. 2015, eq. 4) with every n-gram counted once, in numpy"
     data = paired(preds, refs)
     total, texts = len(data), [p for p, _ in data] + [r for _, many in data for r in many]
-    image = np.r_[np.arange(total), np.repeat(np.arange(total), [len(many) for _, many in data])].astype(np.int64)
     if not total: return Scores(0., np.zeros(0))
+    image = np.r_[np.arange(total), np.repeat(np.arange(total), [len(many) for _, many in data])]
     words, owner = _number(texts, tokenize)
     pairs = (np.bincount(owner, minlength=len(texts)) - 1).clip(min=0)
     close = np.exp(-(pairs[total:] - pairs[image[total:]])**2/(2*sigma**2))
@@ -244,12 +248,12 @@ def exact_match(
     hits = [tokenize(p) in {tokenize(r) for r in many} for p, many in paired(preds, refs)]
     return sum(hits)/max(len(hits), 1)
 
-# %% ../../nbs/training/32_metrics.ipynb #d6700029
+# %% ../../nbs/training/32_metrics.ipynb #c1289365
 def published_scores(
     preds,  # predicted sentences
     refs,   # per prediction one sentence or a list of them
 ) -> tuple[float, float, float]:  # BLEU-1, BLEU-4, ROUGE-L, fractions of 1
-    "The captioner's three numbers: 13a BLEU with the shortest reference, ROUGE-L, empty predictions as misses"
+    "The captioner's three numbers; an empty prediction counts as a miss"
     data = paired(preds, refs)
     kept = [(p, many) for p, many in data if p.strip()]
     if not kept: return 0., 0., 0.
@@ -257,7 +261,7 @@ def published_scores(
     share = len(kept)/len(data)
     return bleu(p, r, 1).score*share, bleu(p, r, 4).score*share, rouge_l(p, r).score*share
 
-# %% ../../nbs/training/32_metrics.ipynb #e68f1c22
+# %% ../../nbs/training/32_metrics.ipynb #f6105a2c
 def coco_scores(
     preds,                  # predicted sentences
     refs,                   # per prediction one sentence or a list of them
@@ -265,6 +269,7 @@ def coco_scores(
     tokenize=tokens_plain,  # sentence → words
 ) -> dict[str, float]:      # Bleu_1 … Bleu_4, ROUGE_L, CIDEr
     "The scores of COCO's caption evaluation, with its arithmetic but without its Java tokeniser"
-    scores = {f'Bleu_{n}': bleu(preds, refs, n, tokenize=tokenize, pick='closest').score for n in (1, 2, 3, 4)}
+    named = dict(tokenize=tokenize, pick='closest')
+    scores = {f'Bleu_{n}': bleu(preds, refs, n, **named).score for n in (1, 2, 3, 4)}
     scores['ROUGE_L'] = rouge_l(preds, refs, tokenize=tokenize, style='coco').score
     return scores | {'CIDEr': cider_d(preds, refs, tokenize=tokenize).score}
