@@ -11,7 +11,7 @@ from typing import Callable, Mapping
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/training/30_objectives.ipynb #88049de4
+# %% ../../nbs/training/30_objectives.ipynb #0c0f4967
 def cross_entropy(
     logits: Tensor,      # scores of the classes `(... v)`
     labels: Tensor,      # the right classes `(...)`, whole numbers
@@ -19,7 +19,8 @@ def cross_entropy(
 ) -> Tensor:             # scalar: the mean over labels that count, 0 where none does
     "Mean surprise at the right answers, without the NaN of an average over nothing"
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f'logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, not {tuple(labels.shape)}')
+        had, need = tuple(labels.shape), tuple(logits.shape[:-1])
+        raise ValueError(f'logits {tuple(logits.shape)} need labels {need}, not {had}')
     total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore, reduction='sum')
     return total/(labels != ignore).sum().clamp(min=1)
 
@@ -33,13 +34,14 @@ def next_word(
     labels = ids if mask is None else ids.masked_fill(~mask.bool(), -100)
     return dict(word=cross_entropy(model(ids, keep=mask)[:, :-1], labels[:, 1:]))
 
-# %% ../../nbs/training/30_objectives.ipynb #fcbefae9
+# %% ../../nbs/training/30_objectives.ipynb #9c80a7e0
 def captioning(
     model: nn.Module,  # with `loss(video, ids, lengths=, mask=)`
-    batch: Mapping,    # `video` `(b t c s s)` or features `(b t p d)`, `ids` `(b n)`; `lengths`, `mask` where there is padding
+    batch: Mapping,    # `video` `(b t c s s)` or `(b t p d)`, `ids` `(b n)`; maybe `lengths`, `mask`
 ) -> dict[str, Tensor]:
     "Each word of the caption is guessed from the picture and the words before it"
-    return dict(caption=model.loss(batch['video'], batch['ids'], lengths=batch.get('lengths'), mask=batch.get('mask')))
+    padding = dict(lengths=batch.get('lengths'), mask=batch.get('mask'))
+    return dict(caption=model.loss(batch['video'], batch['ids'], **padding))
 
 # %% ../../nbs/training/30_objectives.ipynb #2e452858
 def info_nce_ref(
@@ -65,7 +67,7 @@ def spread_entropy(
     count = right.sum(1, keepdim=True)
     return F.cross_entropy(scores, right/count) - count.log().mean()
 
-# %% ../../nbs/training/30_objectives.ipynb #4b004d6c
+# %% ../../nbs/training/30_objectives.ipynb #7d2a561e
 def info_nce(
     a: Tensor,                # one side of the pairs `(b d)`
     b: Tensor,                # the other side `(b d)`
@@ -73,12 +75,13 @@ def info_nce(
     same: Tensor|None=None,   # True where row i and column j belong together `(b b)`; None: the diagonal only
 ) -> Tensor:                  # scalar
     "Contrastive loss in one matrix product (Radford et al. 2021, figure 3); equal captions are no mistakes"
-    if a.shape != b.shape: raise ValueError(f'pairs need two equal shapes, not {tuple(a.shape)} and {tuple(b.shape)}')
+    if a.shape != b.shape:
+        raise ValueError(f'pairs need two equal shapes, not {tuple(a.shape)} and {tuple(b.shape)}')
     scores = scale*F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T                     # (b b)
     same = torch.eye(len(a), device=a.device, dtype=torch.bool) if same is None else same
     return (spread_entropy(scores, same) + spread_entropy(scores.T, same.T))/2
 
-# %% ../../nbs/training/30_objectives.ipynb #1b8f71d4
+# %% ../../nbs/training/30_objectives.ipynb #6c57410a
 class TwoTowers(nn.Module):
     "A picture tower and a text tower that meet in one space (Radford et al. 2021, §2.3)"
     def __init__(self,
@@ -96,7 +99,8 @@ class TwoTowers(nn.Module):
 
     def forward(self, image: Tensor, ids: Tensor, mask: Tensor|None=None) -> tuple[Tensor, Tensor, Tensor]:
         "Both sides in the common space `(b d)`, and the inverse temperature, at most 100"
-        return self.to_common[0](self.look(image)), self.to_common[1](self.read(ids, mask)), self.log_scale.exp().clamp(max=100)
+        a, b = self.to_common[0](self.look(image)), self.to_common[1](self.read(ids, mask))
+        return a, b, self.log_scale.exp().clamp(max=100)
 
 # %% ../../nbs/training/30_objectives.ipynb #e119e02d
 def contrastive(
@@ -117,21 +121,22 @@ def patch_attributes(
     logits = model(batch['image'])
     return {name: cross_entropy(logits[name], batch['patch_labels'][name], ignore=-1) for name in logits}
 
-# %% ../../nbs/training/30_objectives.ipynb #2de26f0a
+# %% ../../nbs/training/30_objectives.ipynb #6f80b807
 def combine(
     losses: Mapping[str, Tensor],            # named parts
     weights: Mapping[str, float]|None=None,  # factor of each part, 1 where none is given
 ) -> Tensor:                                 # scalar
     "The weighted sum that is minimised"
     weights = weights or {}
-    if unknown := set(weights) - set(losses): raise ValueError(f'weights for {sorted(unknown)}, but the parts are {sorted(losses)}')
+    if unknown := set(weights) - set(losses):
+        raise ValueError(f'weights for {sorted(unknown)}, but the parts are {sorted(losses)}')
     return sum(weights.get(name, 1.)*loss for name, loss in losses.items())
 
-# %% ../../nbs/training/30_objectives.ipynb #51851b5a
+# %% ../../nbs/training/30_objectives.ipynb #9279a88a
 def mixture(
     **objectives: Callable,   # name → objective
 ) -> Callable:                # an objective with all their parts
-    "Several objectives on one batch; a part is called `objective.part`, or just `objective` where the names agree"
+    "Several objectives on one batch; a part is called `objective.part`, or `objective` where the names agree"
     def joined(model, batch):
         return {name if part == name else f'{name}.{part}': loss
                 for name, objective in objectives.items() for part, loss in objective(model, batch).items()}
