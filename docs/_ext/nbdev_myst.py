@@ -129,6 +129,7 @@ def resolve(name, lib, mod, call):
     known = symbols(lib)
     if name in PLAIN and not call: return None
     if mod and f'{mod}.{name}' in known.get(mod, []): return f'{mod}.{name}'
+    if name.isalpha() and name.islower() and not call: return None       # an everyday word, unless this page defines it
     if '.' in name:
         hits = [s for syms in known.values() for s in syms if s == name or s == f'{lib}.{name}' or s.endswith('.' + name)]
     else: hits = [f'{m}.{name}' for m, syms in known.items() if f'{m}.{name}' in syms]
