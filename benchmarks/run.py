@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""How far ahead of what one would use instead: every figure is peer/ours, so larger is better.
+
+python benchmarks/run.py [P1 P3 …] [--pairs 9] [--threads 2]
+
+Both sides run in one process and in alternation (peer, ours, peer, ours …) after a warm-up, and their outputs are asserted equal before
+anything is timed. A row gives the median of the paired ratios and the least time of each side. The last line is one JSON object."""
+import argparse, json, logging, os, platform, random, statistics, sys, tempfile, time, warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+warnings.filterwarnings('ignore'); logging.disable(logging.WARNING)
+import torch
+from transformers.utils.logging import disable_progress_bar
+from vl_tutor.primitives.attention import attend, attend_ref
+from vl_tutor.training import decoding, metrics
+
+disable_progress_bar()
+BOS = 1
+
+
+def race(peer, ours, pairs: int) -> dict:
+    "Time two functions in alternation"
+    peer(), ours()
+    times = []
+    for _ in range(pairs):
+        start = time.perf_counter(); peer(); middle = time.perf_counter(); ours(); end = time.perf_counter()
+        times.append((middle - start, end - middle))
+    a, b = zip(*times)
+    return dict(ratio=statistics.median(x/y for x, y in times), peer_ms=1e3*min(a), ours_ms=1e3*min(b))
+
+
+def row(name: str, job: str, target: float, measured: dict) -> dict:
+    "One line of the table"
+    return dict(name=name, job=job, target=target, **{k: round(v, 4) for k, v in measured.items()})
+
+
+# ---- decoding ----
+
+def towers(width: int, layers: int, heads: int, vocab: int, image: int=32, patch: int=8):
+    "A CLIP eye and a GPT-2 of transformers with random weights, and our captioner (prefix only) with the same ones"
+    from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
+    from vl_tutor.models.captioner import Captioner, CaptionerConfig
+    torch.manual_seed(0)
+    eye = CLIPVisionModel(CLIPVisionConfig(hidden_size=width, intermediate_size=4*width, num_hidden_layers=layers, num_attention_heads=heads,
+                                           image_size=image, patch_size=patch)).eval()
+    pen = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=128, n_embd=width, n_layer=layers, n_head=heads, bos_token_id=BOS,
+                                     eos_token_id=None, initializer_range=.2)).eval()
+    pen.generation_config.eos_token_id, pen.generation_config.pad_token_id = None, 0
+    with tempfile.TemporaryDirectory() as folder:
+        eye.save_pretrained(folder + '/eye'); pen.save_pretrained(folder + '/pen')
+        ours = Captioner.from_towers(folder + '/eye', folder + '/pen', CaptionerConfig(mapper=None, resampler=None)).eval()
+    return eye, pen, ours
+
+
+@torch.no_grad()
+def captions(name: str, sizes: dict, batch: int, words: int, targets: tuple, pairs: int) -> list[dict]:
+    "From pictures to ids: transformers' generate behind a mean-pooled prefix against our captioner, greedy and with four beams"
+    eye, pen, ours = towers(**sizes)
+    pictures, rows = torch.randn(batch, 3, 32, 32), []
+    start = pen.transformer.wte(torch.full((batch, 1), BOS))
+
+    def peer(width):
+        prefix = eye(pictures).last_hidden_state.mean(1, keepdim=True)
+        embeds = torch.cat([prefix, start], 1)
+        return pen.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), do_sample=False, num_beams=width, max_new_tokens=words)
+
+    def mine(width):
+        cache, how = ours.prompt(pictures[:, None]), dict(bos_id=BOS, max_len=words, batch=batch)
+        return (decoding.greedy(ours.step, cache, **how) if width == 1 else decoding.beam(ours.step, cache, width=width, **how)).ids[:, 1:]
+
+    for width, target in zip((1, 4), targets):
+        assert torch.equal(peer(width), mine(width)), f'{name}: other ids with {width} beams'
+        job = f'{"greedy" if width == 1 else "beam 4"}, d {sizes["width"]}, batch {batch}, {words} words, against generate'
+        rows.append(row(name, job, target, race(lambda: peer(width), lambda: mine(width), pairs)))
+    return rows
+
+
+def p1(pairs): return captions('P1', dict(width=64, layers=2, heads=4, vocab=128), 4, 24, (3.5, 2.5), pairs)
+def p2(pairs): return captions('P2', dict(width=768, layers=6, heads=12, vocab=50257), 1, 24, (1.05, 1.15), pairs)
+
+
+class Everything:
+    "A cache that keeps the ids only, as the authors' decoders do"
+    ids = None
+    def reorder(self, rows): self.ids = self.ids[rows]
+
+
+@torch.no_grad()
+def p3(pairs) -> list[dict]:
+    "Greedy decoding of 48 words with a cache against reading the whole sentence anew at every step"
+    from vl_tutor.models.backbones import GPT2, GPTConfig
+    torch.manual_seed(0)
+    model, how = GPT2(GPTConfig(layers=6)).eval(), dict(bos_id=BOS, max_len=48)
+
+    def anew(ids, cache):
+        cache.ids = ids if cache.ids is None else torch.cat([cache.ids, ids], 1)
+        return model(cache.ids)[:, -1]
+
+    peer, ours = lambda: decoding.greedy(anew, Everything(), **how).ids, lambda: decoding.greedy(model.step, model.new_cache(), **how).ids
+    assert torch.equal(peer(), ours()), 'P3: the cache changes the words'
+    return [row('P3', 'with cache against without, distilgpt2 size, 48 words', 6., race(peer, ours, pairs))]
+
+
+# ---- memory ----
+
+def kept(function) -> int:
+    "Bytes that autograd stores for the backward pass of a call, each storage once"
+    seen = {}
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor): out = function()
+    return sum(seen.values()) if out is not None else 0
+
+
+def p5(pairs) -> list[dict]:
+    "Bytes kept for the backward pass: the spelled-out attention against the fused one"
+    rows = []
+    for tokens, target in ((197, 1.5), (577, 3.), (1024, 4.5)):
+        q, k, v = torch.randn(3, 1, 12, tokens, 64).requires_grad_().unbind()
+        torch.testing.assert_close(attend_ref(q, k, v)[0], attend(q, k, v), atol=1e-5, rtol=1e-4)
+        peer, ours = kept(lambda: attend_ref(q, k, v)[0]), kept(lambda: attend(q, k, v))
+        rows.append(row('P5', f'bytes kept by attention over {tokens} tokens', target, dict(ratio=peer/ours, peer_mb=peer/2**20, ours_mb=ours/2**20)))
+    return rows
+
+
+# ---- metrics ----
+
+def p12(pairs) -> list[dict]:
+    "CIDEr-D of 1000 captions with five references each against pycocoevalcap"
+    from pycocoevalcap.cider.cider import Cider
+    rng, book = random.Random(0), [f'w{i}' for i in range(3000)]
+    weights = [1/(i + 1) for i in range(3000)]
+    text = lambda: ' '.join(rng.choices(book, weights, k=rng.randint(7, 13)))
+    preds, refs = [text() for _ in range(1000)], [[text() for _ in range(5)] for _ in range(1000)]
+    peer = lambda: Cider().compute_score(dict(enumerate(refs)), {i: [p] for i, p in enumerate(preds)})[1]
+
+    def ours():
+        metrics.tokens_plain.cache_clear()                  # the peer cuts its words anew as well
+        return metrics.cider_d(preds, refs).each
+
+    assert abs(peer() - ours()).max() < 1e-6, 'P12: other scores'
+    return [row('P12', 'CIDEr-D, 1000 captions × 5 references, against pycocoevalcap', 4., race(peer, ours, pairs))]
+
+
+ROWS = dict(P1=p1, P2=p2, P3=p3, P5=p5, P12=p12)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('rows', nargs='*', default=[*ROWS], metavar='ROW', help=f'of {", ".join(ROWS)}; all of them if none is named')
+    parser.add_argument('--pairs', type=int, default=9, help='runs of each side')
+    parser.add_argument('--threads', type=int, default=2, help='threads of torch')
+    args = parser.parse_args()
+    if unknown := [r for r in args.rows if r not in ROWS]: parser.error(f'no row {", ".join(unknown)}: there are {", ".join(ROWS)}')
+    torch.set_num_threads(args.threads)
+    results = []
+    for name in args.rows:
+        for r in ROWS[name](args.pairs):
+            results.append(r)
+            sides = ', '.join(f'{k.replace("_", " ")} {r[k]:.2f}' for k in r if k.startswith(('peer', 'ours')))
+            print(f'{r["name"]:4} {r["ratio"]:6.2f} × (target {r["target"]:g})  {r["job"]}  [{sides}]', flush=True)
+    machine = dict(cpu=platform.machine(), cores=os.cpu_count(), threads=args.threads, torch=torch.__version__, python=platform.python_version())
+    print(json.dumps(dict(pairs=args.pairs, machine=machine, rows=results), ensure_ascii=False))
+
+
+if __name__ == '__main__': main()
