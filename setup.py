@@ -25,7 +25,7 @@ setup(
     keywords=cfg['keywords'],
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[lib, lib + '.*']),
-    package_data={lib: ['py.typed', 'weights/**/*']},
+    package_data={lib: ['py.typed', 'weights/**/*', '**/*.json', '**/*.jsonl', '**/*.csv']},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': [line for line in cfg['console_scripts'].splitlines() if line.strip()],
