@@ -86,6 +86,16 @@ def test_rates_grow_with_depth():
     assert [b.drop_path.rate for b in Transformer(1, 8, 2, drop_path=.4).blocks] == [0]
 
 
+def test_every_argument_reaches_every_block():
+    with torch.device('meta'):
+        model = Transformer(3, 8, 2, hidden=5, dim_head=3, act='relu', norm='post', eps=.1, bias=False, causal=True, dropout=.2, attn_dropout=.3, drop_path=.4)
+    for i, b in enumerate(model.blocks):
+        assert (b.mlp.up.weight.shape, b.attn.to_out.weight.shape, b.mlp.up.bias, b.attn.to_qkv.bias) == ((5, 8), (8, 6), None, None)
+        assert (b.mlp.act, b.pre, b.norm1.eps, b.norm2.eps, b.attn.causal) == (ACTIVATIONS['relu'], False, .1, .1, True)
+        assert (b.dropout, b.mlp.dropout, b.attn.dropout, round(b.drop_path.rate, 6)) == (.2, .2, .3, [0, .2, .4][i])
+        assert b.norm1.weight.is_meta
+
+
 def test_layer_drop_skips_blocks_in_training_only():
     torch.manual_seed(0)
     model, x = Transformer(200, 4, 1, layer_drop=.3), tokens(0, 1, 2, 4)
