@@ -51,7 +51,7 @@ def towers(width: int, layers: int, heads: int, vocab: int, image: int=32, patch
     with tempfile.TemporaryDirectory() as folder:
         eye.save_pretrained(folder + '/eye'); pen.save_pretrained(folder + '/pen')
         ours = Captioner.from_towers(folder + '/eye', folder + '/pen', CaptionerConfig(mapper=None, resampler=None)).eval()
-    return eye, pen, ours
+    return eye, pen, decoding.lay_out(ours)
 
 
 @torch.no_grad()
@@ -99,6 +99,7 @@ def p3(pairs) -> list[dict]:
     from vl_tutor.models.captioner import Captioner, CaptionerConfig
     torch.manual_seed(0)
     model = Captioner(CaptionerConfig(ViTConfig(layers=0), GPTConfig(layers=6))).eval()
+    decoding.lay_out(model)
     for block in model.gated.values(): block.gate_attn.fill_(.5); block.gate_mlp.fill_(.5)
     prefix, tokens = model.bridge(torch.randn(1, 1, 50, 768))
     how = dict(bos_id=BOS, max_len=48)
