@@ -171,3 +171,17 @@ def test_one_visitor_at_a_time_watches_the_model(desk, scene, tool):
 @pytest.mark.parametrize('how, words', [(dict(skin='cats'), 'cats'), (dict(level='sky'), 'sky')])
 def test_a_wrong_scene_gets_one_sentence(desk, how, words):
     with pytest.raises(ValueError, match=words): desk.roll(**how)
+
+
+@pytest.mark.parametrize('skin', ['shapes', 'digits'])
+def test_the_bundled_weights_read_what_the_page_rolls(skin):
+    from vl_tutor.demos.captioning import CaptionDesk
+    from vl_tutor.recipes.captioner import load_captioner
+    desk = CaptionDesk(load_captioner())
+    right = []
+    for number in range(20):
+        image, truth, _ = desk.roll(skin, 'pair', number)
+        text, html = desk.caption(image, 'greedy', truth=truth)
+        right.append(text == truth)
+        assert ('word for word' in html) == (text == truth)
+    assert sum(right) >= 14

@@ -8,8 +8,9 @@ __all__ = ['ABOUT', 'app', 'DECODINGS', 'Json', 'Weights', 'Vision', 'Language',
            'writable', 'open_tool', 'caption', 'open_pictures', 'draw_maps', 'evaluate', 'train', 'demo',
            'must_be_free', 'convert']
 
-# %% ../../nbs/demos/69_command_line.ipynb #aa877215
+# %% ../../nbs/demos/69_command_line.ipynb #19ee08c5
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -71,14 +72,16 @@ def show_version(
 def root(version: opt(bool, 'Print the version.', '--version', callback=show_version, is_eager=True)=False):
     "Options of `vl-tutor` itself"
 
-# %% ../../nbs/demos/69_command_line.ipynb #2c44635c
+# %% ../../nbs/demos/69_command_line.ipynb #5add3570
 def say(
     result,                # numbers and text
     as_json: bool,         # for a machine
     plain,                 # result → lines for a person
 ):
     "Results go to stdout, as JSON or as lines; everything else goes to stderr"
-    if as_json: print(json.dumps(result, ensure_ascii=False, indent=1))
+    dump = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
+    if as_json and isinstance(result, list): print('[' + ',\n '.join(map(dump, result)) + ']')
+    elif as_json: print(dump(result, indent=1))
     else: print('\n'.join(plain(result)))
 
 # %% ../../nbs/demos/69_command_line.ipynb #13efb9b7
@@ -146,11 +149,12 @@ def open_tool(
     if not checkpoint: note('no --checkpoint, so the bridge is untrained and the captions mean nothing yet')
     return tool
 
-# %% ../../nbs/demos/69_command_line.ipynb #e02082af
+# %% ../../nbs/demos/69_command_line.ipynb #d3d17be7
 CAPTION = """Say what is on each picture.
 
 The bundled captioner knows a generated world of coloured shapes and handwritten digits, and nothing else:
-on a photograph it talks nonsense, fluently. The score in --json is SCORE_MEANING.
+on a photograph it talks nonsense, fluently. The score in --json is the mean log-probability of a word: 0 is
+certain, -2.3 is one chance in ten.
 
 \b
 [bold]Examples[/]
@@ -254,7 +258,7 @@ goes, and on Ctrl-C; --resume goes on as if nothing had happened. Its folder get
   vl-tutor train captioner runs/captioner --vision runs/eye --language runs/pen
   vl-tutor train vision runs/eye --resume"""
 
-# %% ../../nbs/demos/69_command_line.ipynb #c0b06dc5
+# %% ../../nbs/demos/69_command_line.ipynb #a9862b7b
 @app.command(help=TRAIN)
 def train(
     part: Annotated[str, typer.Argument(help=f'One of {", ".join(PARTS)}.')],
@@ -277,10 +281,10 @@ def train(
     for name, path in dict(vision=vision, language=language).items():
         if path and not (path/'card.json').is_file(): raise ValueError(f'--{name}: no tower in {path}')
     if preset not in presets(): raise ValueError(f'--preset {preset}: choose {", ".join(presets())}')
-    from vl_tutor.recipes.pretraining import Recipe
     from vl_tutor.training.checkpoints import read_card
     chosen, world = presets()[preset], dict(level=level, skin=skin)
-    recipe = Recipe(samples or chosen['samples'][PARTS.index(part)], seed=seed)
+    recipe = chosen['recipes'][part]
+    recipe = replace(recipe, samples=samples or recipe.samples, seed=seed)
     try:
         with watched(): start(part, folder, chosen['config'], recipe, (vision, language), **world)
     except KeyboardInterrupt: fail(f'stopped; the same command with --resume goes on with {folder}', 1)

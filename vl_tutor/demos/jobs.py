@@ -12,15 +12,18 @@ from pathlib import Path
 # %% ../../nbs/demos/68_jobs.ipynb #83be5e22
 PARTS = ('vision', 'language', 'captioner')
 
-# %% ../../nbs/demos/68_jobs.ipynb #ea2bfa1a
-def presets() -> dict:    # name → dict(config, samples of each part)
+# %% ../../nbs/demos/68_jobs.ipynb #cf19ecd7
+def presets() -> dict:    # name → dict(config, recipes of each part)
     "Sizes and lengths that are known to work: a look in a minute, and the bundled weights"
     from vl_tutor.models import captioner as c
+    from vl_tutor.recipes.pretraining import Recipe
     eye, pen = c.ViTConfig(48, 8, 96, 4, 4, 384), c.GPTConfig(64, 64, 96, 2, 4, 384, bos_id=1, eos_id=2)
     halves = dict(mapper=c.MapperConfig(hidden=96), resampler=c.ResamplerConfig(2, 4, 24, 16, 8, 2))
     full, tiny = c.CaptionerConfig(eye, pen, cross=c.CrossConfig(4, 24, 2), **halves), c.SIZES['tiny']
-    return dict(minute=dict(config=tiny, samples=(6_000, 20_000, 6_000)),
-                bundled=dict(config=full, samples=(400_000, 400_000, 400_000)))
+    short = [Recipe(n, lr=2e-3) for n in (6_000, 20_000, 6_000)]
+    long = Recipe(800_000, lr=2.5e-3), Recipe(60_000), Recipe(256_000, wd=.01)
+    return dict(minute=dict(config=tiny, recipes=dict(zip(PARTS, short))),
+                bundled=dict(config=full, recipes=dict(zip(PARTS, long))))
 
 # %% ../../nbs/demos/68_jobs.ipynb #65f32932
 def run_folder(
