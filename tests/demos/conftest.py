@@ -29,9 +29,10 @@ def desk(tool):
 
 @pytest.fixture(scope='session')
 def page(tool):
-    "The address of a running demo"
+    "A running demo, on a copy of the captioner: the page has it to itself, and tests may use theirs meanwhile"
+    from copy import deepcopy
     from vl_tutor.demos.captioning import launch_demo
-    demo = launch_demo(tool, wait=False)
+    demo = launch_demo(deepcopy(tool), wait=False)
     yield demo
     demo.close()
 
