@@ -31,7 +31,7 @@ def test_a_caption(client, scene, tool, desk):
 
 
 def test_a_scene(client, desk):
-    path, truth, number = client.predict('digits', 'pair', 5, api_name='/roll')
+    truth, number, path = client.predict('digits', 'pair', 5, api_name='/roll')
     image, expected, _ = desk.roll('digits', 'pair', 5)
     assert truth == expected and number == 5
     assert (np.array(Image.open(path)) == np.array(image)).all()

@@ -196,7 +196,7 @@ def choices() -> list:    # five components, in the order of `CaptionDesk.captio
     decoding.change(show, decoding, [width, temperature, top_p, seed], queue=False, api_visibility='private')
     return [decoding, width, temperature, top_p, seed]
 
-# %% ../../nbs/demos/60_captioning.ipynb #e0d4f9cf
+# %% ../../nbs/demos/60_captioning.ipynb #f01fdac0
 def wire(
     desk,              # a `CaptionDesk`
     demo,              # the page
@@ -206,28 +206,31 @@ def wire(
 ):
     "Which click calls what: every road ends in a caption"
     import gradio as gr
-    now, place = gr.State((None, None)), [at['skin'], at['level'], at['number']]
-    quiet, tries = dict(api_visibility='private'), at['tries']
-    shown = dict(outputs=[*result, now], show_progress='minimal')
-    rolled = dict(outputs=[at['scene'], at['truth'], at['number']], show_progress='hidden')
+    now, place, tries = gr.State((None, None)), [at['skin'], at['level'], at['number']], at['tries']
+    quiet = dict(api_visibility='private')
+    shown = dict(outputs=[*result, now], show_progress='minimal', concurrency_id='model', concurrency_limit=1)
+    rolled = dict(outputs=[at['truth'], at['number'], at['scene'], now], show_progress='hidden')
     seen = lambda image, truth, *how: (*desk.caption(image, *how, truth=truth or None), (image, truth))
     def caption(image, decoding, width, temperature, top_p, seed):
         return seen(image, None, decoding, width, temperature, top_p, seed)
-    show, sent, roll = in_a_sentence(seen), in_a_sentence(caption), in_a_sentence(desk.roll)
-    scene = dict(fn=show, inputs=[at['scene'], at['truth'], *controls], **shown, **quiet)
+    def roll(skin, level, number=-1):
+        image, truth, number = desk.roll(skin, level, number)
+        return truth, number, image, (image, truth)
+    show, sent, roll = in_a_sentence(seen), in_a_sentence(caption), in_a_sentence(roll)
+    again = lambda now, *how: show(*now, *how) if now[0] is not None else (gr.skip(), gr.skip(), now)
+    scene = dict(fn=again, inputs=[now, *controls], **shown, **quiet)
     own = dict(fn=sent, inputs=[at['upload'], *controls], **shown)
     at['number'].submit(roll, place, api_name='roll', **rolled).then(**scene)    # first: a name is given once
     at['sent'].click(api_name='caption', **own)
     demo.load(roll, place, **rolled, **quiet).then(**scene)
-    at['roll'].click(lambda skin, level: roll(skin, level), place[:2], **rolled, **quiet).then(**scene)
+    at['roll'].click(roll, place[:2], **rolled, **quiet).then(**scene)
     tries.click(lambda row: row, tries, place, **quiet).then(roll, place, **rolled, **quiet).then(**scene)
     at['upload'].upload(**own, **quiet)
     at['samples'].click(lambda row: row[0], at['samples'], at['upload'], **quiet).then(**own, **quiet)
-    drawn = lambda drawing, *how: show(drawing and drawing['composite'], None, *how)
+    drawn = lambda sheet, *how: show(sheet and sheet['composite'], None, *how)
     at['drawn'].click(drawn, [at['board'], *controls], **shown, **quiet)
-    again = lambda now, *how: show(*now, *how) if now[0] is not None else (gr.skip(), gr.skip(), now)
     changes = [controls[0].change, *(slider.release for slider in controls[1:4]), controls[4].change]
-    gr.on(changes, again, [now, *controls], trigger_mode='always_last', **shown, **quiet)
+    gr.on(changes, trigger_mode='always_last', **scene)
 
 # %% ../../nbs/demos/60_captioning.ipynb #cc5a3509
 def build_demo(
