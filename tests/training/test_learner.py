@@ -195,7 +195,7 @@ def test_nan_names_step_and_part():
         if m.training and learn.steps == 4: out['right'] = out['right']*torch.nan
         return out
     learn = make_learner(plain(), loaders(), objective)
-    with pytest.raises(FloatingPointError, match='step 4: the loss is not a number: right = nan'): quiet_fit(learn, 1)
+    with pytest.raises(FloatingPointError, match='^step 4: the loss is not a number: right = nan'): quiet_fit(learn, 1)
 
 # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -286,6 +286,12 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 def test_another_order_is_refused(tmp_path):
     run(tmp_path, stop=8)
     with pytest.raises(ValueError, match='batches of 20 and seed 0, not 10 and 0'): run(tmp_path, bs=10)
+
+def test_another_model_is_refused(tmp_path):
+    run(tmp_path, stop=8)
+    learn = make_learner(plain(), loaders(), parts, cbs=[Checkpoints(tmp_path)])
+    with pytest.raises(ValueError, match='holds another model') as e: quiet_fit(learn, 2)
+    assert '\n' not in str(e.value) and str(e.value).startswith(str(tmp_path))
 
 def test_validation_alone_does_not_restore(tmp_path):
     a = run(tmp_path)

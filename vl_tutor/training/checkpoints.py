@@ -207,7 +207,7 @@ def save_model(
     write_whole(folder/'card.json', lambda p: p.write_text(text, encoding='utf-8'))
     return folder
 
-# %% ../../nbs/training/34_checkpoints.ipynb #9c689657
+# %% ../../nbs/training/34_checkpoints.ipynb #6e33a29b
 def read_card(
     folder: str|Path,   # of `save_model`
 ) -> dict:
@@ -231,5 +231,6 @@ def load_model(
         raise ValueError(f'{folder}/card.json was written for other weights than model.safetensors')
     try: model.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f'{folder}/model.safetensors does not fit its card: {e}') from None
+        why = ' '.join(str(e).split())
+        raise ValueError(f'{folder}/model.safetensors does not fit its card: {why}') from None
     return model.eval()

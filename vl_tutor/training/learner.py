@@ -8,10 +8,11 @@ __all__ = ['DTYPES', 'OPTIMIZERS', 'Table', 'collate', 'BatchLoader', 'dict_load
            'WarmupThenConstant', 'WarmupThenCosine', 'param_groups', 'Ema', 'take_loss', 'refuse_settings',
            'make_learner', 'quiet_fit', 'Checkpoints', 'StepLog']
 
-# %% ../../nbs/training/31_learner.ipynb #69863033
+# %% ../../nbs/training/31_learner.ipynb #80495369
 import math, signal, warnings
 from typing import Callable, Iterable, Mapping
 import pandas as pd, torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from .objectives import combine
 from .resume import Checkpoints, StepLog
@@ -162,7 +163,7 @@ def move(x, device):
     if isinstance(x, Tensor): return x.to(device, non_blocking=True)
     return x.to(device) if hasattr(x, 'to') else x
 
-# %% ../../nbs/training/31_learner.ipynb #58fa4f75
+# %% ../../nbs/training/31_learner.ipynb #65fb5030
 class DictLearner(Learner):
     "fastai's Learner for batches that are dicts; its `model` is a `Task`"
     accumulate, clip, scaler, parts, fitting = 1, None, None, None, False
@@ -193,18 +194,27 @@ class DictLearner(Learner):
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
-    def fit(self, n_epoch: int, lr: float|None=None, **kwargs):
-        "Train for `n_epoch` passes"
-        self.steps, self.pending, self.first_epoch, self.fitting = 0, 0, 0, True
-        try: super().fit(n_epoch, lr, **kwargs)
-        finally:
-            self.fitting = False
-            for cb in self.cbs: getattr(cb, 'release', lambda: None)()
-
     @property
     def total_steps(self) -> int:
         "Optimiser steps of this fit"
         return self.n_epoch*len(self.dls.train)//self.accumulate
+
+# %% ../../nbs/training/31_learner.ipynb #25bc9ad8
+@patch
+def fit(self: DictLearner,
+    n_epoch: int,           # passes over the training data
+    lr: float|None=None,    # learning rate, the Learner's own if None
+    **kwargs,               # of fastai's `fit`
+):
+    "Train for `n_epoch` passes"
+    self.steps, self.pending, self.first_epoch, self.fitting = 0, 0, 0, True
+    try: Learner.fit(self, n_epoch, lr, **kwargs)
+    except Exception as e:
+        if e.args and isinstance(e.args[0], str): e.args = (e.args[0].rpartition('`:\n\t')[2], *e.args[1:])
+        raise
+    finally:
+        self.fitting = False
+        for cb in self.cbs: getattr(cb, 'release', lambda: None)()
 
 # %% ../../nbs/training/31_learner.ipynb #a4c38fe8
 class _Part(Metric):
@@ -349,7 +359,7 @@ def refuse_settings(precision: str, kind: str, optimizer: str, accumulate: int):
         raise ValueError(f'optimizer {optimizer!r} is not one of {", ".join(OPTIMIZERS)}')
     if accumulate < 1: raise ValueError(f'a step takes at least one batch, not {accumulate}')
 
-# %% ../../nbs/training/31_learner.ipynb #2c672fc6
+# %% ../../nbs/training/31_learner.ipynb #9f5c37d6
 OPTIMIZERS = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam)
 
 def make_learner(
@@ -379,10 +389,9 @@ def make_learner(
     def build(_, lr):
         made = groups(model) if groups else [dict(params=[p for p in task.parameters() if p.requires_grad])]
         return OptimWrapper(opt=OPTIMIZERS[optimizer](made, lr=lr, betas=betas, eps=eps, weight_decay=wd))
-    usual = [Parts(), NanGuard(), schedule or Schedule(), *([Ema(ema)] if ema else [])]
     scores = [m if isinstance(m, Metric) else _Score(m) for m in metrics]
-    learn = DictLearner(dls, task, take_loss, build, lr=lr, wd_bn_bias=True, train_bn=False,
-                        metrics=scores, cbs=[*usual, *cbs])
+    learn = DictLearner(dls, task, take_loss, build, lr=lr, wd_bn_bias=True, train_bn=False, metrics=scores,
+                        cbs=[Parts(), NanGuard(), schedule or Schedule(), *([Ema(ema)] if ema else []), *cbs])
     learn.accumulate, learn.clip, learn.parts = accumulate, clip, parts and list(parts)
     learn.scaler = torch.amp.GradScaler(dls.device.type) if precision == 'fp16' else None
     return learn
