@@ -62,7 +62,7 @@ class ViT(nn.Module):
     ) -> Tensor:           # the last hidden state, before any norm `(b 1+p d)`
         c = self.config
         if images.ndim != 4 or images.shape[-2:] != (c.image_size, c.image_size):
-            raise ValueError(f'pictures are (b, 3, {c.image_size}, {c.image_size}), but got {tuple(images.shape)}')
+            raise ValueError(f'pictures are (b 3 {c.image_size} {c.image_size}), not {tuple(images.shape)}')
         cls = repeat(self.cls, 'd -> b 1 d', b=len(images))
         x = torch.cat([cls, self.patches(images)], 1) + self.positions   # (b 1+p d)
         return self.encoder(self.norm_in(x))

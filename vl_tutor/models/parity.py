@@ -94,7 +94,7 @@ def trace(
 
 # %% ../../nbs/models/39_parity.ipynb #15aa310a
 def read_golden(
-    folder: str|Path,   # holds config.json and io.safetensors, and weights.safetensors where there are weights
+    folder: str|Path,   # holds config.json, io.safetensors and, with weights, weights.safetensors
 ) -> tuple[dict, dict, dict]:   # configuration, official weights, inputs and outputs
     "One fixture: what the authors' code was given, and what it gave"
     folder = Path(folder)
