@@ -61,8 +61,9 @@ class ViT(nn.Module):
         images: Tensor,    # normalised pixels `(b c s s)`
     ) -> Tensor:           # the last hidden state, before any norm `(b 1+p d)`
         c = self.config
-        if images.ndim != 4 or images.shape[-2:] != (c.image_size, c.image_size):
-            raise ValueError(f'pictures are (b 3 {c.image_size} {c.image_size}), not {tuple(images.shape)}')
+        side = c.image_size
+        if images.ndim != 4 or images.shape[-2:] != (side, side):
+            raise ValueError(f'pictures are (b, 3, {side}, {side}), not {tuple(images.shape)}')
         cls = repeat(self.cls, 'd -> b 1 d', b=len(images))
         x = torch.cat([cls, self.patches(images)], 1) + self.positions   # (b 1+p d)
         return self.encoder(self.norm_in(x))
