@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'OPTIMIZERS', 'Table', 'collate', 'BatchLoader', 'dict_loaders', 'Task', 'rows_of', 'move', 'DictLearner',
            'Parts', 'part_names', 'NanGuard', 'warmup_then_constant', 'warmup_then_cosine', 'Schedule',
-           'WarmupThenConstant', 'WarmupThenCosine', 'param_groups', 'Ema', 'take_loss', 'refuse_settings',
-           'make_learner', 'quiet_fit', 'Checkpoints', 'StepLog']
+           'WarmupThenConstant', 'WarmupThenCosine', 'param_groups', 'Ema', 'take_loss', 'as_metrics',
+           'refuse_settings', 'make_learner', 'quiet_fit', 'Checkpoints', 'StepLog']
 
 # %% ../../nbs/training/31_learner.ipynb #80495369
 import math, signal, warnings
@@ -66,7 +66,7 @@ class _Fetch:
 def _deaf(worker: int):   # Ctrl-C is the main process' business
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-# %% ../../nbs/training/31_learner.ipynb #9dda37cf
+# %% ../../nbs/training/31_learner.ipynb #82089a20
 class BatchLoader:
     "Batches of dicts in an order that depends on (seed, epoch) alone, so that a run can go on anywhere"
     def __init__(self,
@@ -97,10 +97,6 @@ class BatchLoader:
         rows = torch.randperm(n, generator=mixer).tolist() if self.shuffle else list(range(n))
         return [rows[k*self.bs:(k + 1)*self.bs] for k in range(len(self))]
 
-    def peek(self) -> dict:
-        "The first batch of the next epoch, without drawing it"
-        return self.fetch[(self.epoch, 0, self.order(self.epoch)[0])]
-
     def __iter__(self):
         epoch, start = self.epoch, self.start
         self.epoch, self.start = epoch + self.shuffle, 0   # validation is the same each time
@@ -108,6 +104,12 @@ class BatchLoader:
         return iter(torch.utils.data.DataLoader(
             self.fetch, batch_size=None, sampler=jobs, num_workers=self.workers, worker_init_fn=_deaf,
             generator=torch.Generator(), pin_memory=self.device.type == 'cuda'))
+
+# %% ../../nbs/training/31_learner.ipynb #3b89881f
+@patch
+def peek(self: BatchLoader) -> dict:
+    "The first batch of the next epoch, without drawing it"
+    return self.fetch[(self.epoch, 0, self.order(self.epoch)[0])]
 
 # %% ../../nbs/training/31_learner.ipynb #ef2e628b
 def dict_loaders(
@@ -348,8 +350,9 @@ class Ema(Callback):
     def load_state_dict(self, state: dict):
         self.average = [t.to(live.device) for t, live in zip(state['average'], self.live())]
 
-# %% ../../nbs/training/31_learner.ipynb #fe169a4e
+# %% ../../nbs/training/31_learner.ipynb #dacd1b73
 def take_loss(pred: dict, _) -> Tensor: return pred['loss']   # for fastai: the task has worked the loss out
+def as_metrics(scores) -> list[Metric]: return [s if isinstance(s, Metric) else _Score(s) for s in scores]
 
 def refuse_settings(precision: str, kind: str, optimizer: str, accumulate: int):
     "ValueError for what cannot work"
@@ -359,7 +362,7 @@ def refuse_settings(precision: str, kind: str, optimizer: str, accumulate: int):
         raise ValueError(f'optimizer {optimizer!r} is not one of {", ".join(OPTIMIZERS)}')
     if accumulate < 1: raise ValueError(f'a step takes at least one batch, not {accumulate}')
 
-# %% ../../nbs/training/31_learner.ipynb #9f5c37d6
+# %% ../../nbs/training/31_learner.ipynb #aea1f1d2
 OPTIMIZERS = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam)
 
 def make_learner(
@@ -387,13 +390,13 @@ def make_learner(
     refuse_settings(precision, dls.device.type, optimizer, accumulate)
     task = Task(model, objective, weights, precision).to(dls.device)
     def build(_, lr):
-        made = groups(model) if groups else [dict(params=[p for p in task.parameters() if p.requires_grad])]
+        made = groups(model) if groups else [p for p in task.parameters() if p.requires_grad]
         return OptimWrapper(opt=OPTIMIZERS[optimizer](made, lr=lr, betas=betas, eps=eps, weight_decay=wd))
-    scores = [m if isinstance(m, Metric) else _Score(m) for m in metrics]
-    learn = DictLearner(dls, task, take_loss, build, lr=lr, wd_bn_bias=True, train_bn=False, metrics=scores,
-                        cbs=[Parts(), NanGuard(), schedule or Schedule(), *([Ema(ema)] if ema else []), *cbs])
+    usual = [Parts(), NanGuard(), schedule or Schedule(), *([Ema(ema)] if ema else [])]
+    learn = DictLearner(dls, task, take_loss, build, lr=lr, wd_bn_bias=True, train_bn=False,
+                        metrics=as_metrics(metrics), cbs=[*usual, *cbs])
+    if precision == 'fp16': learn.scaler = torch.amp.GradScaler(dls.device.type)
     learn.accumulate, learn.clip, learn.parts = accumulate, clip, parts and list(parts)
-    learn.scaler = torch.amp.GradScaler(dls.device.type) if precision == 'fp16' else None
     return learn
 
 # %% ../../nbs/training/31_learner.ipynb #809cdffb
