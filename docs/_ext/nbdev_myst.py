@@ -238,8 +238,10 @@ def convert(nb, lib):
         if not hidden and (shown := code_cell(c, found, code)): cells.append(shown)
         if mod in symbols(lib) and found.keys() & {'export', 'exports'} and 'hide' not in found:
             for full in (f'{mod}.{n}' for n in public(code)):
-                if full not in done and full in symbols(lib)[mod]: (reference if 'exports' in found else cells).append(md_cell(describe(full, lib, mod)))
-                done.add(full)
+                if full in done or full not in symbols(lib)[mod]: continue
+                text = describe(full, lib, mod)
+                (reference if 'exports' in found else cells).append(md_cell(text))
+                done |= {full, *re.findall(r'^`+\{py:method\} ([\w.]+)', text, re.M)}         # a class is described with its methods
     if reference: cells += [md_cell('## Reference'), *reference]
     return {**nb, 'cells': cells}
 
