@@ -16,7 +16,7 @@ export GRADIO_ANALYTICS_ENABLED = False
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test install install-dev sync docs pytest export notebooks clean distclean
+.PHONY: help demo test install install-dev sync docs pytest export notebooks claims clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,9 @@ notebooks: $(DEV) ## run the notebooks and store their outputs (NB="nbs/world/10
 	  $(BIN)/python -c "import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], save=True, timing=True)" $$nb || exit 1; \
 	  $(BIN)/nbdev-clean --fname $$nb || exit 1; \
 	done
+
+claims: $(USE) ## make the recorded runs of nbs/recipes/49 that are missing (delete the file to make all: about 20 minutes)
+	$(BIN)/python -c "from vl_tutor.recipes.captioner_claims import record_claims; record_claims()"
 
 clean: ## remove what can be made again (not the environment, not the recorded runs)
 	rm -rf docs/_build _docs _proc build dist *.egg-info .pytest_cache .hypothesis
