@@ -92,7 +92,8 @@ class KVCache:
 
     def reorder(self, rows: Tensor):
         "Keep only these rows of the batch, in this order, as beam search asks"
-        if self.keys is not None: self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        if self.keys is None: return
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
 # %% ../../nbs/primitives/01_attention.ipynb #e90bab58
 class Attention(nn.Module):
