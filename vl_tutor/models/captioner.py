@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'CaptionerConfig', 'CaptionCache', 'Captioner', 'join_masks', 'caption_loss', 'captioner_keys',
-           'published_config', 'fitting_size']
+           'published_config', 'fitting_size', 'CrossConfig', 'GatedCrossAttention', 'Mapper', 'MapperConfig',
+           'Resampler', 'ResamplerConfig']
 
 # %% ../../nbs/models/41_captioner.ipynb #a5aabd09
 from dataclasses import dataclass, replace
@@ -18,6 +19,9 @@ from .bridge import (CrossConfig, GatedCrossAttention, Mapper, MapperConfig, Res
                                     ResamplerConfig, gated_rules, mapper_rules, resampler_rules)
 from ..primitives.attention import KVCache
 from ..training.checkpoints import KeyMap, load_official
+
+# %% ../../nbs/models/41_captioner.ipynb #7cfdf223
+_all_ = ['CrossConfig', 'GatedCrossAttention', 'Mapper', 'MapperConfig', 'Resampler', 'ResamplerConfig']
 
 # %% ../../nbs/models/41_captioner.ipynb #1a503f5f
 @dataclass(frozen=True)
