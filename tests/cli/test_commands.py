@@ -223,3 +223,16 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     out, err = p.communicate(timeout=120)
     assert p.returncode == 1 and '--resume' in err and 'Traceback' not in err and len(err.strip().splitlines()) == 1, (p.returncode, err)
     assert (tmp_path/'pen'/'run'/'checkpoint.safetensors').exists() and not (tmp_path/'pen'/'model.safetensors').exists()
+
+
+def test_the_preset_is_what_made_the_bundled_weights():
+    "The card's commands would make them again: the same sizes, lengths, rates"
+    from dataclasses import asdict
+    from vl_tutor.demos.jobs import PARTS, presets
+    from vl_tutor.recipes.captioner import load_captioner
+    tool, preset = load_captioner(), presets()['bundled']
+    assert tool.model.config == preset['config']
+    assert {part: tool.card['made'][part]['recipe'] for part in PARTS} == {part: asdict(preset['recipes'][part]) for part in PARTS}
+    for part in PARTS:
+        for name, value in preset['more'].get(part, {}).items(): assert tool.card['made'][part][name] == value
+    assert [c.split()[2] for c in tool.card['commands']] == list(PARTS) and all('--preset bundled' in c for c in tool.card['commands'])

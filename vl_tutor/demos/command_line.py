@@ -8,14 +8,14 @@ __all__ = ['ABOUT', 'app', 'DECODINGS', 'Json', 'Weights', 'Vision', 'Language',
            'writable', 'open_tool', 'caption', 'open_pictures', 'draw_maps', 'evaluate', 'train', 'demo',
            'must_be_free', 'convert']
 
-# %% ../../nbs/demos/69_command_line.ipynb #19ee08c5
+# %% ../../nbs/demos/69_command_line.ipynb #5dfe41d6
 import json, sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 import typer
 from .jobs import PARTS, presets, read_sizes, run_folder, start, steps
-from .jobs import to_file, to_folder, waiting, watched
+from .jobs import stoppable, to_file, to_folder, waiting, watched
 
 # %% ../../nbs/demos/69_command_line.ipynb #c16842c9
 ABOUT = """Caption pictures with a small model whose every part you can read, and train your own.
@@ -258,7 +258,7 @@ goes, and on Ctrl-C; --resume goes on as if nothing had happened. Its folder get
   vl-tutor train captioner runs/captioner --vision runs/eye --language runs/pen
   vl-tutor train vision runs/eye --resume"""
 
-# %% ../../nbs/demos/69_command_line.ipynb #a9862b7b
+# %% ../../nbs/demos/69_command_line.ipynb #dace382e
 @app.command(help=TRAIN)
 def train(
     part: Annotated[str, typer.Argument(help=f'One of {", ".join(PARTS)}.')],
@@ -282,11 +282,12 @@ def train(
         if path and not (path/'card.json').is_file(): raise ValueError(f'--{name}: no tower in {path}')
     if preset not in presets(): raise ValueError(f'--preset {preset}: choose {", ".join(presets())}')
     from vl_tutor.training.checkpoints import read_card
-    chosen, world = presets()[preset], dict(level=level, skin=skin)
+    chosen = presets()[preset]
+    more = dict(level=level, skin=skin, **chosen['more'].get(part, {}))
     recipe = chosen['recipes'][part]
     recipe = replace(recipe, samples=samples or recipe.samples, seed=seed)
     try:
-        with watched(): start(part, folder, chosen['config'], recipe, (vision, language), **world)
+        with watched(), stoppable(): start(part, folder, chosen['config'], recipe, (vision, language), **more)
     except KeyboardInterrupt: fail(f'stopped; the same command with --resume goes on with {folder}', 1)
     say(dict(folder=str(folder), **read_card(folder)), as_json, lambda r: [f'trained {part}: {folder}'])
 
