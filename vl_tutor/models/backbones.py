@@ -43,7 +43,7 @@ class ViTConfig:
         "Length of the sequence: one class token and the patches"
         return 1 + self.grid**2
 
-# %% ../../nbs/models/40_backbones.ipynb #775a6905
+# %% ../../nbs/models/40_backbones.ipynb #b0af56c1
 class ViT(nn.Module):
     "CLIP's vision tower: class token, patches, positions, norm, pre-norm blocks (Radford et al. 2021, §2.4)"
     def __init__(self, config: ViTConfig = ViTConfig()):
@@ -120,7 +120,7 @@ def extend_keep(
     seen = new if seen is None else torch.cat([seen, new], 1)
     return seen, (seen.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
 
-# %% ../../nbs/models/40_backbones.ipynb #0dd2c98a
+# %% ../../nbs/models/40_backbones.ipynb #6473c3db
 class GPT2(nn.Module):
     "GPT-2: pre-norm causal blocks between an embedding and the same embedding as head (Radford et al. 2019)"
     def __init__(self, config: GPTConfig = GPTConfig()):
@@ -158,19 +158,22 @@ class GPT2(nn.Module):
         x = self.embed(ids if ids.is_floating_point() else self.words(ids))
         return self.head(self.decoder(x, keep=keep))
 
-    def new_cache(self) -> TextCache:
-        "An empty memory for `step`"
-        return TextCache(self.config.layers)
+# %% ../../nbs/models/40_backbones.ipynb #d39d37c5
+@patch
+def new_cache(self: GPT2) -> TextCache:
+    "An empty memory for `step`"
+    return TextCache(self.config.layers)
 
-    def step(self,
-        ids: Tensor,                # new word ids `(b n)`
-        cache: TextCache,           # updated in place
-        keep: Tensor|None=None,     # first call only: False at left padding `(b n)`
-    ) -> Tensor:                    # logits of the last position `(b v)`
-        "Read new words and score the next one"
-        cache.keep, positions = extend_keep(cache.keep, keep, ids)
-        x = self.embed(self.words(ids), cache.length, positions)
-        return self.head(self.decoder(x, keep=cache.keep, caches=cache.layers)[:, -1:])[:, 0]
+@patch
+def step(self: GPT2,
+    ids: Tensor,                # new word ids `(b n)`
+    cache: TextCache,           # updated in place
+    keep: Tensor|None=None,     # first call only: False at left padding `(b n)`
+) -> Tensor:                    # logits of the last position `(b v)`
+    "Read new words and score the next one"
+    cache.keep, positions = extend_keep(cache.keep, keep, ids)
+    x = self.embed(self.words(ids), cache.length, positions)
+    return self.head(self.decoder(x, keep=cache.keep, caches=cache.layers)[:, -1:])[:, 0]
 
 # %% ../../nbs/models/40_backbones.ipynb #3617f318
 @dataclass(frozen=True)
