@@ -88,7 +88,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vl_tutor.demos.jobs.run_folder': ('demos/jobs.html#run_folder', 'vl_tutor/demos/jobs.py'),
                                      'vl_tutor.demos.jobs.start': ('demos/jobs.html#start', 'vl_tutor/demos/jobs.py'),
                                      'vl_tutor.demos.jobs.steps': ('demos/jobs.html#steps', 'vl_tutor/demos/jobs.py'),
-                                     'vl_tutor.demos.jobs.stoppable': ('demos/jobs.html#stoppable', 'vl_tutor/demos/jobs.py'),
                                      'vl_tutor.demos.jobs.to_file': ('demos/jobs.html#to_file', 'vl_tutor/demos/jobs.py'),
                                      'vl_tutor.demos.jobs.to_folder': ('demos/jobs.html#to_folder', 'vl_tutor/demos/jobs.py'),
                                      'vl_tutor.demos.jobs.waiting': ('demos/jobs.html#waiting', 'vl_tutor/demos/jobs.py'),

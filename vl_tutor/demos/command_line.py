@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from .jobs import PARTS, presets, read_sizes, run_folder, start, steps
-from .jobs import stoppable, to_file, to_folder, waiting, watched
+from .jobs import to_file, to_folder, waiting, watched
 
 # %% ../../nbs/demos/69_command_line.ipynb #c16842c9
 ABOUT = """Caption pictures with a small model whose every part you can read, and train your own.
@@ -287,7 +287,7 @@ def train(
     recipe = chosen['recipes'][part]
     recipe = replace(recipe, samples=samples or recipe.samples, seed=seed)
     try:
-        with watched(), stoppable(): start(part, folder, chosen['config'], recipe, (vision, language), **more)
+        with watched(): start(part, folder, chosen['config'], recipe, (vision, language), **more)
     except KeyboardInterrupt: fail(f'stopped; the same command with --resume goes on with {folder}', 1)
     say(dict(folder=str(folder), **read_card(folder)), as_json, lambda r: [f'trained {part}: {folder}'])
 

@@ -193,6 +193,7 @@ def train(
         groups=lambda m: param_groups(m, wd=recipe.wd), schedule=WarmupThenCosine(recipe.warmup),
         metrics=metrics, cbs=[StepLog(folder/'log.csv', 50), Checkpoints(folder/'run', 500), *cbs])
     learn.fit(recipe.epochs)
+    if any(getattr(cb, 'stopping', False) for cb in learn.cbs): raise KeyboardInterrupt(f'{folder} is saved')
     return learn
 
 # %% ../../nbs/recipes/47_pretraining.ipynb #f4ae0187
