@@ -22,3 +22,15 @@ def site(project):
     "The built site, made by the README's command"
     make('docs', cwd=project)
     return project/'docs'/'_build'/'html'
+
+
+@pytest.fixture(scope='session')
+def browser():
+    "One Chromium for all: playwright runs once in a process"
+    from playwright.sync_api import sync_playwright
+    chromium = os.environ.get('VL_TUTOR_CHROMIUM') or shutil.which('chromium') or '/usr/bin/chromium'
+    assert os.path.exists(chromium), f'no browser at {chromium}: apt-get install chromium'
+    with sync_playwright() as p:
+        one = p.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--use-gl=swiftshader', '--disable-dev-shm-usage'])
+        yield one
+        one.close()

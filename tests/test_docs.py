@@ -1,7 +1,6 @@
 "The built site: every page and every exported symbol is there, maths and search work offline, nothing is fetched from elsewhere."
 import ast
 import json
-import os
 import re
 import runpy
 import sys
@@ -12,7 +11,6 @@ sys.path.insert(0, str(root/'docs'/'_ext'))
 from nbdev_myst import HIDE, anchored, directives  # noqa: E402
 
 notebooks = sorted(p.relative_to(root/'nbs') for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-CHROMIUM = '/usr/bin/chromium'
 
 
 def cells(path, kind='code'):
@@ -67,16 +65,6 @@ def test_pages_ask_for_nothing_from_elsewhere(site):
     for sheet in site.rglob('*.css'):
         assert not re.search(r'@import\s+["\']?(?:url\()?["\']?(?:https?:)?//|url\(\s*["\']?(?:https?:)?//', sheet.read_text(encoding='utf-8')), sheet.name
     assert (site/'_static'/'tex-svg.js').stat().st_size > 1_000_000
-
-
-@pytest.fixture(scope='module')
-def browser():
-    from playwright.sync_api import sync_playwright
-    assert os.path.exists(CHROMIUM), 'the browser tests need Chromium: apt-get install chromium'
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
-        yield b
-        b.close()
 
 
 @pytest.mark.parametrize('width', [1280, 390])

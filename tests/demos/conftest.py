@@ -1,11 +1,6 @@
-"One untrained captioner, one running page on it, and one browser, shared by all tests of the demo"
-import os
-import shutil
-from pathlib import Path
+"One untrained captioner, one running page on it, shared by all tests of the demo"
 import pytest
 import torch
-
-CHROMIUM = os.environ.get('VL_TUTOR_CHROMIUM') or shutil.which('chromium') or '/usr/bin/chromium'
 
 
 @pytest.fixture(scope='session')
@@ -44,13 +39,3 @@ def scene(tmp_path_factory, desk):
     image, truth, _ = desk.roll('shapes', 'pair', 3)
     image.resize((240, 240), 0).save(path)
     return path, truth
-
-
-@pytest.fixture(scope='session')
-def browser():
-    from playwright.sync_api import sync_playwright
-    assert Path(CHROMIUM).exists(), f'no browser at {CHROMIUM}: apt-get install chromium'
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--use-gl=swiftshader', '--disable-dev-shm-usage'])
-        yield browser
-        browser.close()
