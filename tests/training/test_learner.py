@@ -342,7 +342,7 @@ run(sys.argv[1], stop=8, workers=int(sys.argv[3]), how=lambda: os.kill(os.getpid
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_killed_process_goes_on_in_another(tmp_path, workers):
-    p = subprocess.run([sys.executable, '-c', KILLED, str(tmp_path), os.path.dirname(__file__), str(workers)], env=dict(os.environ, OMP_NUM_THREADS='1'), timeout=120)
+    p = subprocess.run([sys.executable, '-c', KILLED, str(tmp_path), os.path.dirname(__file__), str(workers)], env=dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads())), timeout=120)
     assert p.returncode == -signal.SIGKILL
     assert_same_run(run(), run(tmp_path, seed=99))
 
