@@ -94,7 +94,8 @@ def test_installed_metadata_is_settings_ini():
 def test_every_import_is_a_requirement():
     "What the package imports, at any depth of nesting, is declared (or the standard library's)"
     names = {'sklearn': 'scikit-learn', 'PIL': 'pillow', 'gradio_client': 'gradio'}
-    declared = {re.match(r'[\w-]+', r)[0].lower() for r in cfg['requirements'].split()} | {'fastcore'}    # fastcore: nbdev's and fastai's own base
+    lists = ' '.join(cfg[name] for name in ('requirements', 'data_requirements', 'video_requirements'))
+    declared = {re.match(r'[\w-]+', r)[0].lower() for r in lists.split()} | {'fastcore'}    # fastcore: nbdev's and fastai's own base
     for path in modules:
         for node in ast.walk(parsed(path)):
             tops = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -111,7 +112,7 @@ def test_import_is_light():
 def test_modules_import_heavy_things_only_where_used():
     names = ['vl_tutor.' + p.relative_to(package).with_suffix('').as_posix().replace('/', '.') for p in modules]
     code = (f"import sys, importlib\nfor name in {names!r}:\n    importlib.import_module(name)\n"
-            "    heavy = {'transformers', 'gradio', 'fastai.vision', 'datasets'} & set(sys.modules)\n    assert not heavy, f'{name} imports {heavy}'")
+            "    heavy = {'transformers', 'gradio', 'fastai.vision', 'datasets', 'av', 'webdataset', 'ftfy'} & set(sys.modules)\n    assert not heavy, f'{name} imports {heavy}'")
     r = subprocess.run([sys.executable, '-c', code], cwd='/', timeout=180, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-1500:]
 
