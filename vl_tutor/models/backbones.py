@@ -8,7 +8,7 @@ __all__ = ['ViTConfig', 'ViT', 'GPTConfig', 'TextCache', 'extend_keep', 'GPT2', 
 
 # %% ../../nbs/models/40_backbones.ipynb #6721538a
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 import torch, torch.nn.functional as F
 from einops import repeat

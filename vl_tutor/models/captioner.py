@@ -10,7 +10,6 @@ __all__ = ['SIZES', 'CaptionerConfig', 'CaptionCache', 'Captioner', 'join_masks'
 # %% ../../nbs/models/41_captioner.ipynb #a5aabd09
 from dataclasses import dataclass, replace
 import torch, torch.nn.functional as F
-from einops import rearrange
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .backbones import (GPT2, GPTConfig, Span, TextCache, ViT, ViTConfig, clip_rules,
