@@ -272,14 +272,14 @@ def read_mlslt(folder, split: str, problems: Problems, languages=SIGN_LANGUAGES)
                        language=lang)
     yield from checked(numbered(file, read_json(file, list), 'entry'), problems, make)
 
-# %% ../../nbs/data/27_watchlists.ipynb #54ba014c
+# %% ../../nbs/data/27_watchlists.ipynb #6e7e3513
 def video_format(name: str, read, about: str, task: str='video_caption', splits=('train', 'valid', 'test')):
     "A format whose records have a video"
     return Format(name, task, about, read, splits, media='video')
 
 FORMATS = [
     video_format('msrvtt', read_msrvtt, '*videodatainfo*.json; annotation/MSR_VTT.json; or *cocostyle.json'),
-    video_format('msvd', read_msvd, 'AllVideoDescriptions.txt or *orpus*.csv, with lists; or *cocostyle.json'),
+    video_format('msvd', read_msvd, 'AllVideoDescriptions.txt or *orpus*.csv, and lists; or *cocostyle.json'),
     video_format('webvid', read_webvid, 'results_*.csv; or train_dict.json', splits=('train', 'valid')),
     video_format('kinetics', read_kinetics, '*train.csv; or a database in JSON', 'video_label'),
     video_format('mlslt', read_mlslt, 'train.json of signed sentences, videos <id>/<language>.mp4')]
