@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['uniform_frames', 'perceiver_frames', 'evaluation_frames', 'training_starts', 'training_frames', 'Limits', 'VideoInfo',
-           'video_kind', 'chunk_length', 'said_length', 'pyav', 'video_file', 'check_container', 'video_stream',
-           'survey', 'video_info', 'decode', 'pick', 'read_video', 'as_tensor', 'fewer', 'VideoFrames']
+           'video_kind', 'chunk_length', 'said_length', 'pyav', 'video_file', 'check_container', 'one_sentence',
+           'video_stream', 'packets', 'survey', 'video_info', 'decode', 'pick', 'read_video', 'as_tensor', 'fewer',
+           'VideoFrames']
 
 # %% ../../nbs/data/27_videos.ipynb #0e7aa806
 import io, math
@@ -166,21 +167,36 @@ def check_container(file, name: str) -> str:
     file.seek(0)
     return kind
 
-# %% ../../nbs/data/27_videos.ipynb #c4c3645f
+# %% ../../nbs/data/27_videos.ipynb #cd714aff
+@contextmanager
+def one_sentence(name: str, what: str):
+    "Whatever a broken file makes a decoder say becomes one sentence"
+    try: yield
+    except Exception as error:
+        if type(error) is ValueError: raise                # ours; FFmpeg's own are subclasses
+        raise ValueError(f'{name} is damaged: {what}') from error
+
+# %% ../../nbs/data/27_videos.ipynb #71690c06
 @contextmanager
 def video_stream(file, kind: str, name: str):
     "Open the first video track of a checked file; raises ValueError if there is none"
     av = pyav()
     file.seek(0)
-    try: container = av.open(file, format=dict(mp4='mov').get(kind, kind))
-    except (av.error.FFmpegError, OverflowError) as error:
-        raise ValueError(f'{name} is damaged: it cannot be opened') from error
+    with one_sentence(name, 'it cannot be opened'):
+        container = av.open(file, format=dict(mp4='mov').get(kind, kind))
     with container:
         if not container.streams.video:
             raise ValueError(f'{name} holds no video' + (', only sound' if container.streams.audio else ''))
+        if container.streams.video[0].codec_context is None:
+            raise ValueError(f'{name} is of a kind that PyAV cannot decode')
         yield container, container.streams.video[0]
 
-# %% ../../nbs/data/27_videos.ipynb #decfc6a6
+# %% ../../nbs/data/27_videos.ipynb #61e06a90
+def packets(container, stream, name: str):
+    "The packets of a track, with one sentence for whatever goes wrong"
+    with one_sentence(name, 'its packets cannot be read'): yield from container.demux(stream)
+
+# %% ../../nbs/data/27_videos.ipynb #9840942d
 def survey(
     container, stream,     # as `video_stream` opens them
     limits: Limits,
@@ -194,7 +210,7 @@ def survey(
     most = f'{limits.frames} frames or {limits.seconds:g} seconds'
     long = ValueError(f'{name} is longer than the limit of {most}')
     if stream.frames > limits.frames or (container.duration or 0)/1e6 > limits.seconds: raise long
-    for packet in container.demux(stream):
+    for packet in packets(container, stream, name):
         if packet.is_corrupt: raise ValueError(f'{name} is damaged: frame {len(times)} is broken')
         if not packet.size or packet.is_discard: continue
         at = packet.pts if packet.pts is not None else packet.dts
@@ -203,7 +219,7 @@ def survey(
     if not times or not width*height: raise ValueError(f'{name} holds no frame')
     if stream.frames > len(times):
         raise ValueError(f'{name} is damaged: it has {len(times)} of {stream.frames} frames')
-    fps = float(stream.average_rate or 0) or 25.
+    with one_sentence(name, 'it has no frame rate'): fps = float(stream.average_rate or 0) or 25.
     if any(map(math.isnan, times)): times = [k/fps for k in range(len(times))]
     times = sorted(times)
     if times[-1] - times[0] > limits.seconds: raise long
@@ -222,20 +238,18 @@ def video_info(
         with video_stream(file, check_container(file, name), name) as (container, stream):
             return survey(container, stream, limits, name)
 
-# %% ../../nbs/data/27_videos.ipynb #12169c62
+# %% ../../nbs/data/27_videos.ipynb #ae2970d7
 def decode(
     container, stream,     # as `video_stream` opens them
     wanted: set[int],      # numbers of the frames to keep
     name: str,             # what to call it in an error
 ) -> Iterator[tuple[int, np.ndarray]]:    # number and upright pixels `(h w 3)`
     "Decode up to the last wanted frame, and hand out the wanted ones"
-    k = 0
-    try:
+    last = max(wanted)
+    with one_sentence(name, 'a frame cannot be decoded'):
         for k, frame in enumerate(container.decode(stream)):
             if k in wanted: yield k, np.rot90(frame.to_ndarray(format='rgb24'), round(frame.rotation/90))
-            if k >= max(wanted): return
-    except pyav().error.FFmpegError as error:
-        raise ValueError(f'{name} is damaged: frame {k + 1} cannot be decoded') from error
+            if k >= last: return
 
 # %% ../../nbs/data/27_videos.ipynb #60c8eeae
 def pick(
@@ -253,7 +267,7 @@ def pick(
         raise ValueError(f'{name}: {len(found)} frames need {need/1e9:.1f} GB: take fewer, or give a size')
     return found
 
-# %% ../../nbs/data/27_videos.ipynb #daae2b78
+# %% ../../nbs/data/27_videos.ipynb #80edccad
 def read_video(
     source,                            # path or bytes
     choose: Callable|None=None,        # VideoInfo → numbers of the frames wanted; None: all
@@ -267,7 +281,8 @@ def read_video(
     name = name or (str(source) if isinstance(source, (str, Path)) else 'the video')
     with video_file(source, name) as file:
         kind = check_container(file, name)
-        with video_stream(file, kind, name) as opened: info = survey(*opened, limits, name)
+        with video_stream(file, kind, name) as opened:
+            info = survey(*opened, limits, name)
         for last in (False, True):
             found, frames = pick(choose, info, limits, size, name), {}
             with video_stream(file, kind, name) as opened:
@@ -277,7 +292,7 @@ def read_video(
             if last or not frames: raise ValueError(f'{name} is damaged: it has no frame {max(found)}')
             info = fewer(info, file, kind, name)
 
-# %% ../../nbs/data/27_videos.ipynb #2c05e71e
+# %% ../../nbs/data/27_videos.ipynb #bfaeb07d
 def as_tensor(pixels: np.ndarray, size: int|None, picture: Callable|None) -> Tensor:
     "One frame as a picture would be: squeezed to a square, through a transform, or as it is"
     from PIL import Image
@@ -288,7 +303,7 @@ def as_tensor(pixels: np.ndarray, size: int|None, picture: Callable|None) -> Ten
 def fewer(info: VideoInfo, file, kind: str, name: str) -> VideoInfo:
     "The same video with the frames that really come out: some packets (VP8) are never shown"
     with video_stream(file, kind, name) as (container, stream):
-        n = sum(1 for _ in container.decode(stream))
+        with one_sentence(name, 'a frame cannot be decoded'): n = sum(1 for _ in container.decode(stream))
     return replace(info, times=info.times[:n])
 
 # %% ../../nbs/data/27_videos.ipynb #0e9f057d

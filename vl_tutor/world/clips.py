@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['DIRECTIONS', 'MEANS', 'JOINS', 'CHOICES', 'STANDARD', 'STANDS', 'YES', 'NUMBERS', 'SPEEDS', 'ASKED', 'stories',
            'story', 'wording', 'say', 'clip_captions', 'name_of', 'ask', 'ask_order', 'watch_ref', 'answer_ref',
-           'order_ref']
+           'order_ref', 'ClipTask', 'ClipCaptionTask', 'ClipQuestionTask', 'ClipLabelTask', 'clip_words']
 
-# %% ../../nbs/world/16_clips.ipynb #a3cf9996
+# %% ../../nbs/world/16_clips.ipynb #f64cac08
+from functools import lru_cache
 import torch
-from .action import CLIP_LEVELS, ABOUT, CLIP_QUESTIONS, Clips, film, project, tracks, unfold
+from .action import (ABOUT, CLIP_CLASSES, CLIP_LEVELS, CLIP_QUESTIONS, Clips, film, film_action,
+                                   project, tracks, unfold)
 from .dice import bits
-from .drawing import COLOURS, KINDS, SIZES, TEXTURES
-from .language import SYNONYMS, listing, phrase
+from .drawing import COLOURS, DIGITS, KINDS, SIZES, TEXTURES
+from .language import SYNONYMS, listing, phrase, world_words
+from .tasks import WorldTask
 
 # %% ../../nbs/world/16_clips.ipynb #d222e7f4
 DIRECTIONS = (('left', 'right'), ('up', 'down'))
@@ -42,12 +45,12 @@ def story(look, frames, down, step, fast, start, stop, colour, size, when, comes
     moves, others = sorted(moves), sorted(others)
     return dict(things=things, moves=moves, others=others, in_turn=len({m[0] for m in moves}) > 1)
 
-# %% ../../nbs/world/16_clips.ipynb #edfefd67
+# %% ../../nbs/world/16_clips.ipynb #09626be6
 MEANS = dict(moves=('moves', 'goes', 'travels'), slowly=('slowly', 'at low speed'),
-             quickly=('quickly', 'fast'), left=('left', 'to the left'), right=('right', 'to the right'), up=('up', 'upwards'),
-             down=('down', 'downwards'), turns=('turns', 'becomes'), grows=('grows', 'gets larger'),
-             shrinks=('shrinks', 'gets smaller'), appears=('appears', 'shows up'),
-             vanishes=('vanishes', 'disappears'))
+             quickly=('quickly', 'fast'), left=('left', 'to the left'), right=('right', 'to the right'),
+             up=('up', 'upwards'), down=('down', 'downwards'), turns=('turns', 'becomes'),
+             grows=('grows', 'gets larger'), shrinks=('shrinks', 'gets smaller'),
+             appears=('appears', 'shows up'), vanishes=('vanishes', 'disappears'))
 JOINS = dict(turn=('{a} , then {b}', '{b} after {a}'), same=('{a} while {b}', '{b} while {a}'))
 CHOICES = {**MEANS, **SYNONYMS}
 
@@ -87,8 +90,8 @@ def clip_captions(
     ways = bits(clips.code, 290).tolist() if style == 'paraphrase' else [0]*len(clips)
     return [say(story, way) for story, way in zip(stories(clips), ways)]
 
-# %% ../../nbs/world/16_clips.ipynb #198c7449
-YES, NUMBERS, SPEEDS = ('yes', 'no'), ('0', '1', '2', '3'), ('slowly', 'quickly')
+# %% ../../nbs/world/16_clips.ipynb #c08f97e9
+YES, NUMBERS, SPEEDS = ('yes', 'no'), DIGITS[:4], ('slowly', 'quickly')
 ASKED = dict(moves='move', colour='change colour', size='change size')
 
 def name_of(thing: dict) -> str:
@@ -113,7 +116,8 @@ def ask(
     elif topic == 'speed':
         text, answer, options = f'does the {name} move slowly or quickly ?', moves[a][3], SPEEDS
     elif topic == 'count':
-        text, answer, options = 'how many things move ?', str(len(moves)), NUMBERS[:min(len(things), 3) + 1]
+        text, answer = 'how many things move ?', NUMBERS[len(moves)]
+        options = NUMBERS[:min(len(things), 3) + 1]
     else:
         name, true = dict(moves=(name, a in moves), colour=(things[a]['kind'], (a, 'turns') in events),
                           size=(name, bool({(a, 'grows'), (a, 'shrinks')} & events)))[topic]
@@ -131,7 +135,7 @@ def ask_order(story: dict, topic: str, pair, last: int) -> tuple:
     which = ('first', 'last')[last]
     return f'which moves {which} , the {one} or the {two} ?', (one, two)[early == last], (one, two)
 
-# %% ../../nbs/world/16_clips.ipynb #612a9775
+# %% ../../nbs/world/16_clips.ipynb #08f430c3
 def watch_ref(
     clips: Clips,
     i: int=0,         # which of them
@@ -160,7 +164,7 @@ def answer_ref(
     named = [o for w, v in zip(words, words[1:] + ['']) for o in seen
              if o['kind'] == v and o['colours'][0] == w or w == 'the' and o['kind'] == v]
     moving = [o for o in seen if o['steps']]
-    if words[:2] == ['how', 'many']: return str(len(moving))
+    if words[:2] == ['how', 'many']: return NUMBERS[len(moving)]
     if words[0] == 'which': return ' '.join(order_ref(named, words[2]))
     one = named[0]
     if 'change' in words: return YES[len(set(one['colours' if 'colour' in words else 'sizes'])) == 1]
@@ -175,3 +179,76 @@ def order_ref(named: list[dict], which: str) -> tuple[str, str]:
     ends = sorted(named, key=lambda o: o['steps'][0])
     one = ends[0 if which == 'first' else -1]
     return one['colours'][0], one['kind']
+
+# %% ../../nbs/world/16_clips.ipynb #512b3e19
+class ClipTask(WorldTask):
+    "Clips instead of pictures"
+    def __init__(self,
+        level: str='pair',      # a name of `CLIP_LEVELS`
+        split: str='train',     # a name of `SPLITS`
+        *,
+        frames: int=8,          # in every clip, 8 or more
+        **settings,             # as of `WorldTask`
+    ):
+        if frames < 8: raise ValueError(f'frames={frames}: a clip has at least 8')
+        super().__init__(level, split, **settings)
+        self.frames = frames
+
+    def film(self, indices, make=film, **settings):
+        "Write the clips with these numbers"
+        w = self.world
+        return make(self.code(indices), CLIP_LEVELS[w.level], split=w.split, skin=w.skin,
+                    image_size=w.image_size, frames=self.frames, **settings)
+
+    def pictures(self, found: dict) -> dict:
+        "video `(b t 3 s s)` and tracks, a box for every object and frame `(b t o 4)`"
+        return dict(video=project(found['clips'], self.world.image_size), tracks=tracks(found['clips']))
+
+    @classmethod
+    def vocabulary(cls) -> list[str]:
+        "Every word this task may say"
+        return clip_words()
+
+# %% ../../nbs/world/16_clips.ipynb #a60072d3
+class ClipCaptionTask(ClipTask):
+    "What happens, in the standard words and in others that are as true"
+    name, fields = 'clip_caption', ('video', 'caption', 'captions', 'tracks')
+
+    def texts(self, indices) -> dict:
+        "caption; captions: the same and four paraphrases; clips"
+        clips, _, _ = self.film(indices)
+        ways = bits(clips.code, 290, 4).tolist()
+        said = [[say(story, way) for way in (0, *more)] for story, more in zip(stories(clips), ways)]
+        captions = [list(dict.fromkeys(s)) for s in said]
+        return dict(caption=[s[0] for s in said], captions=captions, clips=clips)
+
+class ClipQuestionTask(ClipTask):
+    "Questions about motion that neither their words nor a single frame answer"
+    name = 'clip_question'
+    fields = ('video', 'question', 'answer', 'answers', 'scores', 'options', 'kind', 'tracks')
+
+    def texts(self, indices) -> dict:
+        "question, answer, answers, scores, kind; options: the answers that the question offers; clips"
+        clips, topic, part = self.film(indices, topics=CLIP_QUESTIONS)
+        topics, coins = [ABOUT[t] for t in topic.tolist()], (bits(clips.code, 291) & 3).tolist()
+        asked = [ask(*row) for row in zip(stories(clips), topics, part.tolist(), coins)]
+        said = {k: [a[k] for a in asked] for k in ('question', 'answer', 'options', 'kind')}
+        return dict(said, answers=[[a] for a in said['answer']], scores=[[1.] for _ in asked], clips=clips)
+
+class ClipLabelTask(ClipTask):
+    "Which of ten things one of the objects does"
+    name, fields, classes = 'clip_label', ('video', 'label', 'class_name', 'tracks'), CLIP_CLASSES
+
+    def texts(self, indices) -> dict:
+        "label `(b)`, an index of `classes`; class_name; clips"
+        clips, label = self.film(indices, film_action)
+        return dict(label=label, class_name=[CLIP_CLASSES[k] for k in label.tolist()], clips=clips)
+
+# %% ../../nbs/world/16_clips.ipynb #8fe58ed4
+@lru_cache(1)
+def clip_words() -> list[str]:
+    "Every word of captions, questions and answers about clips, sorted"
+    said = {*CLIP_CLASSES, *STANDS, *YES, *NUMBERS, *SPEEDS, *ASKED.values(), *sum(MEANS.values(), ())}
+    said |= {t for ways in JOINS.values() for t in ways} | {w for pair in DIRECTIONS for w in pair}
+    said |= {'the first ? does or which last before after how many things'}
+    return sorted({w for t in said for w in t.split() if '{' not in w} | set(world_words()))
