@@ -6,10 +6,10 @@
 __all__ = ['FIELDS', 'MODULES', 'MEDIA', 'BOXES', 'Format', 'formats', 'padded', 'collate', 'square_pixels', 'check_boxes',
            'Annotated', 'opened', 'format_of', 'read_records', 'read_dataset', 'check_dataset', 'check_split', 'look',
            'measured', 'spread', 'media_summary', 'text_summary', 'detect_format', 'first_good', 'Absent', 'Problems',
-           'checked', 'csv_rows', 'first_file', 'inside', 'json_lines', 'need', 'numbered', 'once', 'read_json',
-           'text_lines', 'texts']
+           'checked', 'csv_rows', 'entries', 'first_file', 'inside', 'json_fields', 'json_lines', 'need', 'numbered',
+           'once', 'read_json', 'text_lines', 'texts']
 
-# %% ../../nbs/data/21_annotations.ipynb #a7e7ad94
+# %% ../../nbs/data/21_annotations.ipynb #1023f71a
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,12 +19,12 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
 from .images import open_image
-from .records import (Absent, Problems, checked, csv_rows, first_file, inside, json_lines, need,
-                                   numbered, once, read_json, text_lines, texts)
+from .records import (Absent, Problems, checked, csv_rows, entries, first_file, inside, json_fields,
+                                   json_lines, need, numbered, once, read_json, text_lines, texts)
 
-# %% ../../nbs/data/21_annotations.ipynb #31d98a5f
-_all_ = ['Absent', 'Problems', 'checked', 'csv_rows', 'first_file', 'inside', 'json_lines', 'need', 'numbered',
-         'once', 'read_json', 'text_lines', 'texts']   # the tools of the chapter before, offered here too
+# %% ../../nbs/data/21_annotations.ipynb #f99e3aa9
+_all_ = ['Absent', 'Problems', 'checked', 'csv_rows', 'entries', 'first_file', 'inside', 'json_fields',
+         'json_lines', 'need', 'numbered', 'once', 'read_json', 'text_lines', 'texts']   # of *Records*
 
 # %% ../../nbs/data/21_annotations.ipynb #a799d517
 import json
@@ -40,7 +40,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .images import open_image
 
-# %% ../../nbs/data/21_annotations.ipynb #3ee220fa
+# %% ../../nbs/data/21_annotations.ipynb #13a4d646
 FIELDS = dict(caption='image caption captions image_id', label='image label class_name',
               question='image question answer answers scores kind question_id',
               expression='image expression box proposals image_id', pair='pair text label',
@@ -57,10 +57,10 @@ class Format:
     splits: tuple[str, ...]=('train', 'valid', 'test')
     media: str='image'                   # 'image', 'pair', 'video': the field that holds paths or bytes
 
-MODULES = ('lists', 'answers', 'boxes', 'watchlists', 'videos', 'tables', 'shards')   # may offer `FORMATS`
+MODULES = ('lists', 'folders', 'answers', 'boxes', 'watchlists', 'videos', 'tables', 'shards')
 
 def formats() -> dict[str, Format]:
-    "Every format by name"
+    "Every format by name: what the modules offer as `FORMATS`"
     found = {}
     for name in MODULES:
         try: module = import_module(f'vl_tutor.data.{name}')
@@ -220,7 +220,7 @@ def clip(self: Annotated, place, name: str) -> Tensor:
         self.video = VideoFrames(8, self.size, picture=self.picture)
     return self.video(place, name)
 
-# %% ../../nbs/data/21_annotations.ipynb #624a8dcc
+# %% ../../nbs/data/21_annotations.ipynb #e337d062
 def format_of(format) -> Format:
     "A format by its name; raises ValueError that lists the names"
     if isinstance(format, Format): return format
@@ -231,7 +231,7 @@ def format_of(format) -> Format:
 def read_records(
     folder,                    # folder of the data set
     format,                    # name or `Format`
-    split: str='train',
+    split: str='train',        # or several: 'train+restval'
     problems: Problems|None=None,
     *,
     each: bool=False,          # one record for each caption instead of one for each picture
@@ -239,17 +239,18 @@ def read_records(
 ) -> Iterator[dict]:
     "The records of one split, streamed; `captions` always has all references"
     kind = format_of(format)
-    if split not in kind.splits:
-        raise ValueError(f'{kind.name} has no split {split!r}, only {", ".join(kind.splits)}')
     if not Path(folder).is_dir(): raise ValueError(f'{folder} is not a folder')
-    for record in kind.read(folder, split, problems or Problems(), **options):
-        said = record.get('captions', ()) if each else ()
-        yield from (record | dict(caption=c) for c in said) if said else [record]
+    for part in split.split('+'):
+        if part not in kind.splits:
+            raise ValueError(f'{kind.name} has no split {part!r}, only {", ".join(kind.splits)}')
+        for record in kind.read(folder, part, problems or Problems(), **options):
+            said = record.get('captions', ()) if each else ()
+            yield from (record | dict(caption=c) for c in said) if said else [record]
 
 def read_dataset(
     folder,                        # folder of the data set
     format,                        # name or `Format`
-    split: str='train',
+    split: str='train',            # or several: 'train+restval'
     *,
     size: int|None=None,           # as `Annotated`
     picture: Callable|None=None,   # as `Annotated`
@@ -266,7 +267,7 @@ def read_dataset(
         raise ValueError(f'{folder} has no record in its split {split!r}{why}')
     return Annotated(records, folder, size=size, picture=picture, video=video, problems=problems)
 
-# %% ../../nbs/data/21_annotations.ipynb #6d051a3c
+# %% ../../nbs/data/21_annotations.ipynb #3b4b0643
 def check_dataset(
     folder,                      # folder of the data set
     format,                      # name or `Format`
@@ -279,6 +280,7 @@ def check_dataset(
     "Read a data set end to end; raises ValueError only if nothing of it is there"
     kind, found, absent = format_of(format), {}, None
     for split in splits or kind.splits:
+        if split == 'all' and found: continue          # there for data sets without splits
         try: found[split] = check_split(folder, kind, split, pictures, progress, options)
         except Absent as error:
             if splits: raise
