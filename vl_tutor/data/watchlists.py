@@ -13,7 +13,7 @@ from pathlib import Path
 from .annotations import (Format, Problems, checked, csv_rows, first_file, inside, need, numbered,
                                        once, read_json, text_lines, texts)
 
-# %% ../../nbs/data/27_watchlists.ipynb #fab78b86
+# %% ../../nbs/data/27_watchlists.ipynb #dc4c2f69
 VIDEO_ENDS = ('mp4', 'webm', 'mkv', 'avi')
 
 def find_video(folder, name, places=('',)) -> str:
@@ -22,7 +22,8 @@ def find_video(folder, name, places=('',)) -> str:
     tried = [f'{place}/{name}{end}' if place else f'{name}{end}' for place in places for end in ends]
     for path in tried:
         if inside(folder, path).is_file(): return path
-    raise ValueError(f'{name} has no video: {tried[1]} is not there')
+    likely = tried[0 if str(name).endswith(ends[1:]) else 1]
+    raise ValueError(f'{name} has no video: {likely} is not there')
 
 # %% ../../nbs/data/27_watchlists.ipynb #08008647
 def gather(
@@ -223,25 +224,26 @@ def read_kinetics(folder, split: str, problems: Problems):
     make = kinetics_database if file.suffix == '.json' else kinetics_csv
     yield from make(folder, file, split, problems)
 
-# %% ../../nbs/data/27_watchlists.ipynb #a5ac97f7
+# %% ../../nbs/data/27_watchlists.ipynb #2c204e42
 SIGN_LANGUAGES = ('zh', 'uk', 'ru', 'bg', 'is', 'de', 'it', 'sv', 'lt', 'en')
 
 def read_mlslt(folder, split: str, problems: Problems, languages=SIGN_LANGUAGES):
     "MLSLT: sentences signed in several languages; the caption is always the English text"
     tags = dict(valid=['valid', 'val', 'dev']).get(split, [split])
     file, seen = first_file(folder, [f'{t}.json' for t in tags], f'list of {split}'), set()
-    def make(row):
+    def signed(row):
         name, signs = need(row, id=(str, int), sign_list=list)
         once(seen, name)
-        said = {lang: text for lang, text in (need(s, lang=str, text=str) for s in signs)}
+        said = dict(need(s, lang=str, text=str) for s in signs)
         if 'en' not in said: raise ValueError(f'id {name} has no English text')
         for lang in said:
-            if lang not in languages: continue
-            path = find_video(folder, f'{name}/{lang}.mp4', (*(t for t in tags), 'videos', ''))
-            captions = texts(said['en'])
-            yield dict(video=path, caption=captions[0], captions=captions, video_id=f'{name}/{lang}',
-                       language=lang)
-    yield from checked(numbered(file, read_json(file, list), 'entry'), problems, make)
+            if lang in languages: yield dict(name=f'{name}/{lang}', captions=texts(said['en']), language=lang)
+    def make(row):
+        name, captions, lang = need(row, name=str, captions=list, language=str)
+        path = find_video(folder, f'{name}.mp4', (*tags, 'videos', ''))
+        yield dict(video=path, caption=captions[0], captions=captions, video_id=name, language=lang)
+    rows = checked(numbered(file, read_json(file, list), 'entry'), problems, signed)
+    yield from checked(((row['source'], row) for row in rows), problems, make)
 
 # %% ../../nbs/data/27_watchlists.ipynb #6e7e3513
 def video_format(name: str, read, about: str, task: str='video_caption', splits=('train', 'valid', 'test')):
