@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'ATTRIBUTES', 'VALUES', 'NOUNS', 'TEMPLATES', 'FORMS', 'RELATIONS', 'EXTREMES', 'PLACES', 'EXIST', 'ALIKE',
-           'SAME', 'REFER', 'MARGIN', 'RELATE', 'ROOM', 'ASK', 'answer_id', 'matches', 'masks', 'describe', 'plural',
-           'article', 'say', 'phrase_pattern', 'singulars', 'read_phrase', 'template_patterns', 'read_template',
-           'read_question', 'place_ref', 'answer_ref', 'pick', 'take', 'choose', 'likeness', 'best', 'looks', 'attempt',
-           'yes_or_no', 'ask_exist', 'most', 'ask_count', 'compared', 'ask_compare', 'answer_of', 'ask_value',
-           'ask_place', 'ask_attribute', 'two_things', 'ask_relate', 'mirrored', 'search', 'kinds_asked', 'draft',
-           'answer_type', 'write', 'question_words', 'QuestionTask']
+           'SAME', 'REFER', 'MARGIN', 'RELATE', 'ASK', 'answer_id', 'matches', 'masks', 'describe', 'plural', 'article',
+           'say', 'phrase_pattern', 'singulars', 'read_phrase', 'template_patterns', 'read_template', 'read_question',
+           'place_ref', 'answer_ref', 'pick', 'take', 'choose', 'likeness', 'best', 'looks', 'attempt', 'yes_or_no',
+           'ask_exist', 'most', 'ask_count', 'compared', 'ask_compare', 'answer_of', 'ask_value', 'ask_place',
+           'ask_attribute', 'two_things', 'ask_relate', 'mirrored', 'search', 'kinds_asked', 'draft', 'answer_type',
+           'write', 'question_words', 'QuestionTask']
 
-# %% ../../nbs/world/14_questions.ipynb #ec597028
+# %% ../../nbs/world/14_questions.ipynb #9c9cde73
 import re
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -21,7 +21,7 @@ from .dice import GOLDEN, bits, mix
 from .drawing import COLOURS, DIGITS, KINDS, SHAPES, SIZES, TEXTURES, Scenes
 from .language import MEANING, SYNONYMS
 from .scenes import LEVELS, World, choose_things
-from .tasks import WorldTask
+from .tasks import ROOM, WorldTask
 
 # %% ../../nbs/world/14_questions.ipynb #9a780fc2
 ANSWERS = ('yes', 'no', *DIGITS, *SHAPES, *COLOURS, *SIZES, *TEXTURES, 'left', 'right', 'above', 'below')
@@ -396,9 +396,7 @@ def mirrored(
     x, y = (torch.where((flip == axis)[:, None], side - at, at) for axis, at in enumerate((scenes.x, scenes.y)))
     return replace(scenes, x=x, y=y)
 
-# %% ../../nbs/world/14_questions.ipynb #f4f29c4b
-ROOM = 4096   # scene numbers that belong to one sample
-
+# %% ../../nbs/world/14_questions.ipynb #d0ac2f4b
 def search(
     ask,              # code `(b)`, numbers `(b k)` -> one attempt each, a dict of tensors with `ok`
     code: Tensor,     # `(b)`
@@ -469,30 +467,23 @@ def question_words() -> list[str]:
     said |= {w for words in (*sum(RELATIONS, ()), *EXTREMES, *ATTRIBUTES, 'shape digit a an') for w in words.split()}
     return sorted(said | set(ANSWERS))
 
-# %% ../../nbs/world/14_questions.ipynb #2810b8b7
+# %% ../../nbs/world/14_questions.ipynb #8ba964b3
 class QuestionTask(WorldTask):
     "Questions with exact answers that their words do not tell"
     name, fields = 'question', ('image', 'question', 'answer', 'answers', 'scores', 'kind')
 
-    def draft(self, indices) -> tuple[Tensor, dict]:
-        "Codes, and what is asked of which scenes"
+    def texts(self, indices) -> dict:
+        "question, answer, answers, scores, kind; also answer_type, template and scenes"
         code, w = self.code(indices), self.world
         plain = World(w.level, w.split, skin=w.skin, seed=w.seed)                # 48 pixels: the same for any size
-        return code, draft(plain, code, torch.as_tensor(indices, dtype=torch.long))
-
-    def texts(self, indices) -> dict:
-        "Everything but the pictures; also answer_type and template"
-        return self.words(*self.draft(indices))
-
-    def words(self, code: Tensor, drafts: dict) -> dict:
-        "The words of a draft"
-        rows, kinds = write(code, drafts), kinds_asked(self.world.level)
+        found, kinds = draft(plain, code, torch.as_tensor(indices, dtype=torch.long)), kinds_asked(w.level)
+        rows = write(code, found)
         said = {k: [r[k] for r in rows] for k in ('question', 'answer', 'answer_type', 'template')}
         return dict(said, answers=[[a] for a in said['answer']], scores=[[1.] for _ in rows],
-                    kind=[kinds[k] for k in drafts['kind'].tolist()])
+                    kind=[kinds[k] for k in found['kind'].tolist()],
+                    scenes=mirrored(w.scenes(found['scene']), found['flip'], w.image_size))
 
-    def batch(self, indices) -> dict:
-        "image `(b 3 s s)` and the texts; also scenes"
-        code, drafts = self.draft(indices)
-        scenes = mirrored(self.world.scenes(drafts['scene']), drafts['flip'], self.world.image_size)
-        return dict(image=self.world.draw(scenes), **self.words(code, drafts), scenes=scenes)
+    @classmethod
+    def vocabulary(cls) -> list[str]:
+        "Every word of questions and answers"
+        return question_words()

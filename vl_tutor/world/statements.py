@@ -301,54 +301,48 @@ def statement_words() -> list[str]:
     every = [t for ways in (*WAYS.values(), *CLAIMS.values()) for ts in ways for t in ts]
     return sorted({w for t in (*every, *HALVES) for w in t.split() if '{' not in w} | set(question_words()))
 
-# %% ../../nbs/world/15_statements.ipynb #101bdbb3
+# %% ../../nbs/world/15_statements.ipynb #2496cd8f
 class StatementPairTask(WorldTask):
     "A statement about two pictures, true or false"
     name, fields = 'statement_pair', ('pair', 'text', 'label')
 
-    def draft(self, indices) -> tuple[Tensor, dict]:
-        "Codes, and what is said of which scenes"
-        code, index = self.code(indices), torch.as_tensor(indices, dtype=torch.long)
-        return code, search(partial(pair_up, self.world), code, index, 64)
-
     def texts(self, indices) -> dict:
-        "Everything but the pictures: text, label, family, template"
-        return self.words(*self.draft(indices))
+        "text, label (1 true, 0 false); also family, template, scenes (left and right)"
+        code, index = self.code(indices), torch.as_tensor(indices, dtype=torch.long)
+        found = search(partial(pair_up, self.world), code, index, 64)
+        rows = write_pairs(code, found, most(self.world.level))
+        return dict({k: [r[k] for r in rows] for k in ('text', 'family', 'template')}, label=found['label'],
+                    scenes=[self.world.scenes(s) for s in found['scene'].unbind(1)])
 
-    def words(self, code: Tensor, drafts: dict) -> dict:
-        "The words of a draft"
-        rows = write_pairs(code, drafts, most(self.world.level))
-        return dict({k: [r[k] for r in rows] for k in ('text', 'family', 'template')}, label=drafts['label'])
+    def pictures(self, found: dict) -> dict:
+        "pair `(b 2 3 s s)`: the left picture, the right one"
+        return dict(pair=torch.stack([self.world.draw(s) for s in found['scenes']], 1))
 
-    def batch(self, indices) -> dict:
-        "pair `(b 2 3 s s)`, text, label `(b)`; also family, template, scenes (left and right)"
-        code, drafts = self.draft(indices)
-        sides = [self.world.scenes(drafts['scene'][:, i]) for i in (0, 1)]
-        return dict(pair=torch.stack([self.world.draw(s) for s in sides], 1), **self.words(code, drafts), scenes=sides)
+    @classmethod
+    def vocabulary(cls) -> list[str]:
+        "Every word of statements and claims"
+        return statement_words()
 
-# %% ../../nbs/world/15_statements.ipynb #0a134a8d
+# %% ../../nbs/world/15_statements.ipynb #a1b6d25b
 class EntailmentTask(WorldTask):
     "A sentence that a half-hidden picture refutes, leaves open or entails"
     name, fields = 'entailment', ('image', 'text', 'label')
 
-    def draft(self, indices) -> tuple[Tensor, dict]:
-        "Codes, and what is said of which scenes"
+    def texts(self, indices) -> dict:
+        "text, label (0 contradiction, 1 neutral, 2 entailment); also family, template, hidden (half), scenes"
         code, index, w = self.code(indices), torch.as_tensor(indices, dtype=torch.long), self.world
         plain = World(w.level, w.split, skin=w.skin, seed=w.seed)                # 48 pixels: the same for any size
-        return code, search(partial(make_claim, plain), code, index, 4 if w.level in ('few', 'crowd') else 8)
+        found = search(partial(make_claim, plain), code, index, 2 if w.level in ('few', 'crowd') else 8)
+        rows = write_claims(code, found)
+        return dict({k: [r[k] for r in rows] for k in ('text', 'family', 'template')}, label=found['label'],
+                    hidden=found['seen'] ^ 1,
+                    scenes=turned(w.scenes(found['scene']), found['view'], found['seen'], w.image_size))
 
-    def texts(self, indices) -> dict:
-        "Everything but the pictures: text, label, family, template, hidden"
-        return self.words(*self.draft(indices))
+    def pictures(self, found: dict) -> dict:
+        "image `(b 3 s s)`, half of it behind the curtain"
+        return dict(image=curtain(self.world.draw(found['scenes']), found['hidden']))
 
-    def words(self, code: Tensor, drafts: dict) -> dict:
-        "The words of a draft, and which half is hidden"
-        rows, names = write_claims(code, drafts), ('text', 'family', 'template')
-        return dict({k: [r[k] for r in rows] for k in names}, label=drafts['label'], hidden=drafts['seen'] ^ 1)
-
-    def batch(self, indices) -> dict:
-        "image `(b 3 s s)`, text, label `(b)`; also family, template, hidden `(b)`, scenes (with what is hidden)"
-        code, drafts = self.draft(indices)
-        scenes = turned(self.world.scenes(drafts['scene']), drafts['view'], drafts['seen'], self.world.image_size)
-        said = self.words(code, drafts)
-        return dict(image=curtain(self.world.draw(scenes), said['hidden']), **said, scenes=scenes)
+    @classmethod
+    def vocabulary(cls) -> list[str]:
+        "Every word of statements and claims"
+        return statement_words()
