@@ -8,7 +8,7 @@ __all__ = ['FAMILIES', 'WAYS', 'HAS', 'HALVES', 'CLAIMS', 'truth', 'often', 'cel
            'entailment_ref', 'views', 'claim_holds', 'claims_at', 'make_claim', 'turned', 'write_claims', 'curtain',
            'statement_words', 'StatementPairTask', 'EntailmentTask']
 
-# %% ../../nbs/world/15_statements.ipynb #d8fa37dc
+# %% ../../nbs/world/15_statements.ipynb #dcfb35c1
 import itertools
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from .dice import bits
 from .drawing import COLOURS, DIGITS, KINDS, SIZES, TEXTURES, Scenes
-from .questions import (ALIKE, ATTRIBUTES, article, best, choose, describe, likeness, looks, masks, matches,
-                                      most, pick, plural, question_words, read_template, say, search, take,
-                                      template_patterns)
+from .phrases import (ATTRIBUTES, article, best, choose, describe, likeness, looks, masks, matches,
+                                    phrase_words, pick, read_template, say, search, take, template_patterns)
+from .questions import ALIKE, most
 from .scenes import World
 from .tasks import WorldTask
 
@@ -294,12 +294,12 @@ def curtain(
     cover = torch.stack([low, high, low.T, high.T])[hidden][:, None]
     return torch.where(cover, torch.stack([cloth, cloth, cloth.T, cloth.T])[hidden][:, None], images)
 
-# %% ../../nbs/world/15_statements.ipynb #d97d76ff
+# %% ../../nbs/world/15_statements.ipynb #84e13e08
 @lru_cache(1)
 def statement_words() -> list[str]:
     "Every word of statements and claims, sorted"
     every = [t for ways in (*WAYS.values(), *CLAIMS.values()) for ts in ways for t in ts]
-    return sorted({w for t in (*every, *HALVES) for w in t.split() if '{' not in w} | set(question_words()))
+    return sorted({w for t in (*every, *HALVES) for w in t.split() if '{' not in w} | set(phrase_words()) | set(DIGITS))
 
 # %% ../../nbs/world/15_statements.ipynb #2496cd8f
 class StatementPairTask(WorldTask):
