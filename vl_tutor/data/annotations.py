@@ -267,7 +267,7 @@ def read_dataset(
         raise ValueError(f'{folder} has no record in its split {split!r}{why}')
     return Annotated(records, folder, size=size, picture=picture, video=video, problems=problems)
 
-# %% ../../nbs/data/21_annotations.ipynb #3b4b0643
+# %% ../../nbs/data/21_annotations.ipynb #ded380d3
 def check_dataset(
     folder,                      # folder of the data set
     format,                      # name or `Format`
@@ -278,10 +278,10 @@ def check_dataset(
     **options,                   # of the format's reader
 ) -> dict:                       # counts, sizes and the sentences about what is broken, for each split
     "Read a data set end to end; raises ValueError only if nothing of it is there"
-    kind, found, absent = format_of(format), {}, None
+    kind, found, absent, heard = format_of(format), {}, None, set()
     for split in splits or kind.splits:
         if split == 'all' and found: continue          # there for data sets without splits
-        try: found[split] = check_split(folder, kind, split, pictures, progress, options)
+        try: found[split] = check_split(folder, kind, split, pictures, progress, heard, options)
         except Absent as error:
             if splits: raise
             absent = absent or error
@@ -289,15 +289,15 @@ def check_dataset(
     total = {name: sum(part[name] for part in found.values()) for name in ('records', 'broken')}
     return dict(folder=str(folder), format=kind.name, task=kind.task, **total, splits=found)
 
-def check_split(folder, kind: Format, split: str, pictures: bool, progress, options: dict) -> dict:
+def check_split(folder, kind, split: str, pictures: bool, progress, heard: set, options: dict) -> dict:
     "What `check_dataset` says of one split; `error` is what ended the reading, if anything did"
-    problems, records, error = Problems('skip'), [], None
+    problems, records, error = Problems('skip', heard=heard), [], None
     try: records.extend(read_records(folder, kind, split, problems, **options))
     except Absent: raise
     except ValueError as e: error = str(e)
-    seen, good = {}, []
+    seen, good, data = {}, [], Annotated([], folder)
     for n, record in enumerate(records, 1):
-        wrong = look(Annotated([record], folder), record, seen) if pictures else None
+        wrong = look(data, record, seen) if pictures else None
         if wrong: problems(record['source'], wrong)
         else: good.append(record)
         if progress: progress(split, n, len(records))
@@ -305,7 +305,7 @@ def check_split(folder, kind: Format, split: str, pictures: bool, progress, opti
     return dict(records=len(good), broken=problems.count, error=error, first=problems.first, media=media,
                 texts=text_summary(good))
 
-# %% ../../nbs/data/21_annotations.ipynb #b3995f91
+# %% ../../nbs/data/21_annotations.ipynb #77c96b40
 def look(data: Annotated, record: dict, seen: dict) -> str|None:
     "Open all that a record names, each file once; what is wrong, if anything"
     for field in MEDIA:
@@ -354,6 +354,7 @@ def detect_format(folder) -> str:
 def first_good(folder, kind: Format, split: str) -> dict|None:
     "The first record whose files are there, among the first hundred"
     try:
+        data = Annotated([], folder)
         for _, record in zip(range(100), read_records(folder, kind, split, Problems('skip'))):
-            if not look(Annotated([record], folder), record, {}): return record
+            if not look(data, record, {}): return record
     except ValueError: return None

@@ -5,7 +5,7 @@ __all__ = ['ENDS', 'SMALL', 'FOLDERS', 'COLUMNS', 'SPLITS', 'FORMATS', 'class_fo
            'read_folders', 'label_line', 'read_label_list', 'read_imagenet', 'guess_columns', 'split_file', 'only_file',
            'drawn_split', 'csv_table', 'csv_classes', 'in_split', 'add_row', 'join', 'picture_named', 'read_csv']
 
-# %% ../../nbs/data/24_folders.ipynb #140cef7b
+# %% ../../nbs/data/24_folders.ipynb #15117c57
 import re
 from collections.abc import Iterator
 from hashlib import sha256
@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from .annotations import (Absent, Format, Problems, checked, csv_rows, first_file, inside, need, once,
                                        read_json, text_lines, texts)
-from .lists import find_picture, whole
+from .lists import find_picture, plain_lines, whole
 from .records import decoded
 
 # %% ../../nbs/data/24_folders.ipynb #3d59579e
@@ -30,14 +30,14 @@ def class_folders(folder, split: str) -> list[Path]:
     many = [p for place, homes in found.items() for p in homes if place.name in SMALL]
     return many or next((homes for homes in found.values() if homes), [])
 
-# %% ../../nbs/data/24_folders.ipynb #82777ed9
-def class_names(folder) -> dict[str, str]:
+# %% ../../nbs/data/24_folders.ipynb #e3d4cfd6
+def class_names(folder, problems: Problems) -> dict[str, str]:
     "What classes are called, by their wnid, if a list of it is there: `n01440764` is a tench"
     names = ['LOC_synset_mapping.txt', 'imagenet_class_index.json']
     try: file = first_file(folder, [f'{p}{n}' for n in names for p in ('', '*/')], 'names of classes')
     except Absent: return {}
-    if file.suffix == '.json': rows = [texts(pair, str(file)) for pair in read_json(file, dict).values()]
-    else: rows = [whole(line).split(' ', 1) for _, line in text_lines(file)]
+    if file.suffix == '.json': rows = [texts(r, f'{file}: a class') for r in read_json(file, dict).values()]
+    else: rows = [line.split(' ', 1) for _, line in plain_lines(file, problems)]
     return {row[0]: row[-1].split(',')[0].replace('_', ' ') for row in rows}
 
 def class_numbers(folder, split: str) -> dict[str, int]:
@@ -51,12 +51,12 @@ def class_numbers(folder, split: str) -> dict[str, int]:
     if bad: raise ValueError(f'{file}: the number of {bad[0]!r} is {found[bad[0]]!r:.60}')
     return found
 
-# %% ../../nbs/data/24_folders.ipynb #26f7863e
+# %% ../../nbs/data/24_folders.ipynb #fced702d
 def read_folders(folder, split: str, problems: Problems, *, last: int=10):
     "A folder for each class; where splits share them, the `last` files of each are for validation"
     homes, looked = class_folders(folder, split), ', '.join(FOLDERS[split])
     if not homes: raise Absent(f'{folder} has no folders of classes for {split}: looked in {looked}')
-    numbers, names = class_numbers(folder, split), class_names(folder)
+    numbers, names = class_numbers(folder, split), class_names(folder, problems)
     def make(path):
         wnid = path.split('/')[-2]
         if wnid not in numbers: raise ValueError(f'{wnid} is none of the {len(numbers)} classes')
@@ -67,11 +67,11 @@ def read_folders(folder, split: str, problems: Problems, *, last: int=10):
         rows = ((f'{home}/{name}', (home/name).relative_to(folder).as_posix()) for name in files)
         yield from checked(rows, problems, make)
 
-# %% ../../nbs/data/24_folders.ipynb #ed90c428
+# %% ../../nbs/data/24_folders.ipynb #3c5b5b77
 def label_line(line: str|None) -> tuple[str, int, str]:
     "Path, class and wnid of `n01440764/n01440764_10026.JPEG 0`, or of ImageNet-22k's `n01440764 10026 0`"
     fields = whole(line).split()
-    if len(fields) == 3 and fields[1].isdigit():
+    if len(fields) == 3 and fields[1].isdigit() and re.fullmatch(r'n\d+', fields[0]):
         fields = [f'{fields[0]}/{fields[0]}_{fields[1]}.JPEG', fields[2]]
     if len(fields) != 2 or not fields[1].isdigit():
         raise ValueError('is not a path and the number of a class')
@@ -79,7 +79,7 @@ def label_line(line: str|None) -> tuple[str, int, str]:
 
 def read_label_list(folder, file, split: str, problems: Problems):
     "Lines of path and label, as Uni-Perceiver has them for ImageNet"
-    names, seen = class_names(folder), set()
+    names, seen = class_names(folder, problems), set()
     by_number = dict(enumerate(sorted(names))) if names else {}
     places = ['', *(p for p in FOLDERS[split]), 'images']
     def make(line):

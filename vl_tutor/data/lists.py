@@ -3,20 +3,20 @@
 # %% auto #0
 __all__ = ['YEARS', 'SPLIT_FILES', 'KARPATHY', 'FLICKR_PLACES', 'CONCEPTUAL', 'VG_PLACES', 'SIMLA', 'FORMATS', 'find_picture',
            'captioned', 'grouped', 'pictures', 'coco_files', 'coco_places', 'read_coco', 'read_karpathy', 'whole',
-           'listed', 'flickr_line', 'read_flickr30k', 'url_line', 'pair', 'said_line', 'read_conceptual_captions',
-           'dict_entry', 'once_said', 'sbu_columns', 'sbu_lines', 'read_sbu', 'region', 'vg_folders',
-           'read_visual_genome', 'vg_phrases', 'read_simla']
+           'plain_lines', 'listed', 'flickr_line', 'read_flickr30k', 'url_line', 'pair', 'said_line',
+           'read_conceptual_captions', 'dict_entry', 'once_said', 'sbu_columns', 'sbu_lines', 'read_sbu', 'region',
+           'vg_folders', 'read_visual_genome', 'vg_phrases', 'read_simla']
 
-# %% ../../nbs/data/24_lists.ipynb #9ea00687
+# %% ../../nbs/data/24_lists.ipynb #df3997d0
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from .annotations import (Absent, Format, Problems, checked, entries, first_file, inside, json_fields,
                                        json_lines, need, numbered, once, read_json, text_lines, texts)
-from .records import decoded
+from .records import decoded, relative
 
-# %% ../../nbs/data/24_lists.ipynb #e56ce664
+# %% ../../nbs/data/24_lists.ipynb #d1b32d1e
 def find_picture(
     folder,            # of the data set
     name: str,         # as the annotation has it
@@ -24,6 +24,7 @@ def find_picture(
 ) -> str:              # path relative to the folder
     "Where a picture lies; raises ValueError that says where it was looked for"
     tried = [f'{place}/{name}' if place else name for place in dict.fromkeys(places)]
+    relative(folder, name)
     for path in tried:
         if inside(folder, path).is_file(): return path
     more = f', nor in {len(tried) - 1} other places' if len(tried) > 1 else ''
@@ -62,7 +63,7 @@ def coco_files(split: str) -> list[str]:
     return published + [f'{p}captions_{n}.json' for n in SPLIT_FILES[split]
                         for p in ('annotations/', 'new_annotations/', '')]
 
-# %% ../../nbs/data/24_lists.ipynb #1d352437
+# %% ../../nbs/data/24_lists.ipynb #9765c172
 def coco_places(file: Path, row: dict) -> list[str]:
     "Folders in which a picture of a COCO file may lie"
     year, told = re.search(r'(train|val)20\d\d', file.name), row.get('file_path', '')
@@ -79,8 +80,9 @@ def read_coco(folder, split: str, problems: Problems, *, keep: int|None=None):
         return name, said
     captions = grouped(numbered(file, rows, 'annotation'), problems, take)
     def make(row):
+        name, = need(row, id=(int, str))
         key = 'file_name' if 'file_name' in row or 'filename' not in row else 'filename'
-        name, path = need(row, **{'id': (int, str), key: str})
+        path, = need(row, **{key: str})
         once(ids, name, 'image id')
         if name not in captions: raise ValueError(f'image {name} has no caption')
         yield captioned(folder, path, coco_places(file, row), captions[name][1][:keep], image_id=name)
@@ -108,11 +110,17 @@ def read_karpathy(folder, split: str, problems: Problems):
         yield captioned(folder, name, places, [need(s, raw=str)[0] for s in said], image_id=number)
     yield from checked(numbered(file, json_fields(file, images=list)[0], 'image'), problems, make)
 
-# %% ../../nbs/data/24_lists.ipynb #86645e58
+# %% ../../nbs/data/24_lists.ipynb #bd2ce5ea
 def whole(line: str|None) -> str:
     "A line of a list; raises ValueError if it was no UTF-8"
     if line is None: raise ValueError('is not UTF-8 text')
     return line.strip()
+
+def plain_lines(file, problems: Problems) -> Iterator[tuple[str, str]]:
+    "Where and text of every line of a list; what is no UTF-8 is reported"
+    for where, line in text_lines(file):
+        if line is None: problems(where, 'is not UTF-8 text')
+        else: yield where, line.strip()
 
 def listed(folder, split: str, problems: Problems) -> set[str]|None:
     "Names of the pictures of a split, without ending, one a line; None for all"
@@ -120,7 +128,7 @@ def listed(folder, split: str, problems: Problems) -> set[str]|None:
     tag = dict(valid='val').get(split, split)
     what = f"list of pictures for {split} (split 'all' needs none)"
     file = first_file(folder, [f'{tag}.txt', f'*/{tag}.txt'], what)
-    return {whole(line).removesuffix('.jpg') for _, line in text_lines(file) if line}
+    return {line.removesuffix('.jpg') for _, line in plain_lines(file, problems)}
 
 def flickr_line(line: str|None, seen: set) -> tuple[str, str]:
     "Picture and caption of a line of the token file, or of the CSV with bars between its fields"
@@ -234,7 +242,7 @@ def read_sbu(folder, split: str, problems: Problems):
     else: rows = ((where, list(row)) for where, row in entries(file, read_json(file, dict)))
     yield from checked(rows, problems, lambda row: once_said(folder, seen, *pair(row), places))
 
-# %% ../../nbs/data/24_lists.ipynb #b311b6b3
+# %% ../../nbs/data/24_lists.ipynb #e902dfa9
 VG_PLACES = ['VG_100K', 'VG_100K_2', 'images/VG_100K', 'images/VG_100K_2', 'images', '']
 
 def region(row: dict, smallest: int) -> tuple|None:
@@ -244,19 +252,20 @@ def region(row: dict, smallest: int) -> tuple|None:
     if w <= 0 or h <= 0: raise ValueError(f'region {row.get("region_id", "")} has a box of {w}×{h} pixels')
     return (texts(said, 'phrase')[0], [x, y, x + w, y + h]) if w*h >= smallest else None
 
-def vg_folders(folder) -> dict:
+def vg_folders(folder, problems: Problems) -> dict:
     "The folder of each picture, by the URL in `image_data.json`, if that is there"
     try: file = first_file(folder, ['image_data.json', 'annotations/image_data.json'], 'image data')
     except Absent: return {}
-    return {row.get('image_id'): str(row.get('url', '')).split('/')[-2:] for row in read_json(file, list)
-            if isinstance(row, dict)}
+    take = lambda row: [dict(zip(('name', 'url'), need(row, image_id=int, url=str)))]
+    rows = checked(numbered(file, read_json(file, list)), problems, take)
+    return {row['name']: row['url'].split('/')[-2:] for row in rows}
 
 def read_visual_genome(folder, split: str, problems: Problems, *, smallest: int=0):
     "Phrases about regions, and their boxes; `smallest=128*128` keeps the regions that Uni-Perceiver does"
     names = ('region_descriptions.json', 'vg_captions_128filter.json')
     file = first_file(folder, [f'{p}{n}' for n in names for p in ('', 'annotations/')], 'region descriptions')
     if file.name == names[1]: yield from vg_phrases(folder, file, problems); return
-    known, ids = vg_folders(folder), set()
+    known, ids = vg_folders(folder, problems), set()
     def make(row):
         name, regions = need(row, id=int, regions=list)
         once(ids, name, 'image id')
@@ -294,7 +303,7 @@ def read_simla(folder, split: str, problems: Problems, *, file: str|None=None, p
         yield captioned(folder, row[0], ['', 'images'], row[1], image_id=ids[row[0]])
     yield from checked(pictures(found), problems, make)
 
-# %% ../../nbs/data/24_lists.ipynb #098da043
+# %% ../../nbs/data/24_lists.ipynb #2190d4e6
 FORMATS = [
     Format('coco', 'caption', 'annotations/captions_train2017.json or train2017.json, and train2017/',
            read_coco),
@@ -302,7 +311,7 @@ FORMATS = [
            read_karpathy, ('train', 'restval', 'valid', 'test')),
     Format('flickr30k', 'caption', 'results_20130124.token or results.csv, and flickr30k-images/',
            read_flickr30k, ('train', 'valid', 'test', 'all')),
-    Format('conceptual_captions', 'caption', 'a TSV of captions and URLs and train_image/; or train_dict.json',
+    Format('conceptual_captions', 'caption', 'a TSV of captions and URLs, train_image/; or train_dict.json',
            read_conceptual_captions, ('train', 'valid')),
     Format('sbu', 'caption', 'SBU_captioned_photo_dataset_*.txt, annot.json or sbucaptions.json, and images/',
            read_sbu, ('train',)),
