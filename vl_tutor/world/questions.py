@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'TEMPLATES', 'FORMS', 'RELATIONS', 'EXTREMES', 'EXIST', 'ALIKE', 'SAME', 'REFER', 'MARGIN', 'RELATE', 'ASK',
-           'answer_id', 'read_question', 'place_ref', 'answer_ref', 'attempt', 'yes_or_no', 'ask_exist', 'most',
-           'ask_count', 'compared', 'ask_compare', 'answer_of', 'ask_value', 'ask_place', 'ask_attribute', 'two_things',
-           'ask_relate', 'mirrored', 'kinds_asked', 'draft', 'answer_type', 'write', 'question_words', 'QuestionTask']
+           'answer_id', 'form_id', 'read_question', 'place_ref', 'answer_ref', 'attempt', 'yes_or_no', 'ask_exist',
+           'most', 'ask_count', 'compared', 'ask_compare', 'answer_of', 'ask_value', 'ask_place', 'ask_attribute',
+           'two_things', 'ask_relate', 'mirrored', 'kinds_asked', 'draft', 'answer_type', 'write', 'question_words',
+           'QuestionTask']
 
-# %% ../../nbs/world/14_questions.ipynb #300188f6
+# %% ../../nbs/world/14_questions.ipynb #71b01234
 from dataclasses import replace
 from functools import lru_cache, partial
 import torch
 from torch import Tensor
 from .dice import bits
 from .drawing import COLOURS, DIGITS, SHAPES, SIZES, TEXTURES, Scenes
-from .phrases import (ATTRIBUTES, article, best, choose, describe, likeness, looks, masks, matches,
-                                    phrase_words, pick, read_template, say, search, take, template_patterns)
+from .phrases import (ATTRIBUTES, best, choose, describe, in_places, likeness, looks, masks, matches,
+                                    phrase_words, pick, read_template, search, take, template_patterns)
 from .scenes import LEVELS, World
 from .tasks import WorldTask
 
@@ -27,12 +28,14 @@ def answer_id(*words) -> Tensor:
     "Where these answers stand in the list"
     return torch.tensor([ANSWERS.index(w) for w in words])
 
-# %% ../../nbs/world/14_questions.ipynb #4bedb97a
+# %% ../../nbs/world/14_questions.ipynb #5ea13ee2
 TEMPLATES = dict(
     exist=('is there {a} ?', 'does the picture show {a} ?', 'can you see {a} ?', 'is {a} in the picture ?'),
-    count=('how many {ps} are there ?', 'how many {ps} does the picture show ?', 'what is the number of {ps} ?'),
+    count=('how many {ps} are there ?', 'how many {ps} does the picture show ?',
+           'what is the number of {ps} ?'),
     value=('what {x} is the {p} ?', 'which {x} is the {p} ?', 'tell me what {x} the {p} is .'),
-    place=('what {x} is the {e} thing ?', 'which {x} is the {e} object ?', 'tell me what {x} the {e} thing is .'),
+    place=('what {x} is the {e} thing ?', 'which {x} is the {e} object ?',
+           'tell me what {x} the {e} thing is .'),
     more=('are there more {ps} than {qs} ?', 'are there fewer {qs} than {ps} ?',
           'does the picture show more {ps} than {qs} ?'),
     same=('do the {p} and the {q} have the same {x} ?', 'is the {p} of the same {x} as the {q} ?',
@@ -42,10 +45,18 @@ TEMPLATES = dict(
     relate=('is the {p} {r} the {q} ?', 'is the {q} {o} the {p} ?', 'can you see the {p} {r} the {q} ?'),
     across=('is the {p} left or right of the {q} ?', 'on which side of the {q} is the {p} , left or right ?'),
     upright=('is the {p} above or below the {q} ?', 'where is the {p} , above or below the {q} ?'))
+
+# %% ../../nbs/world/14_questions.ipynb #10bb195a
 FORMS = dict(exist=('exist',), count=('count',), attribute=('value', 'place'),
              compare=('more', 'same', 'larger'), relate=('relate', 'across', 'upright'))
-RELATIONS = (('left of', 'to the left of'), ('right of', 'to the right of'), ('above', 'over'), ('below', 'beneath'))
+RELATIONS = (('left of', 'to the left of'), ('right of', 'to the right of'), ('above', 'over'),
+             ('below', 'beneath'))
 EXTREMES = ('leftmost', 'rightmost', 'topmost', 'lowest')
+
+# %% ../../nbs/world/14_questions.ipynb #95f1d719
+def form_id(form: str) -> int:
+    "Where a form stands among the templates"
+    return list(TEMPLATES).index(form)
 
 # %% ../../nbs/world/14_questions.ipynb #197beeeb
 def read_question(text: str) -> dict|None:
@@ -56,7 +67,7 @@ def read_question(text: str) -> dict|None:
                                                  e='|'.join(EXTREMES), r=words, o=words))
     return dict(name='relate', p=said['q'], q=said['p'], r=said['o']) if said and 'o' in said else said
 
-# %% ../../nbs/world/14_questions.ipynb #dc6f77bc
+# %% ../../nbs/world/14_questions.ipynb #8ef65fe7
 def place_ref(p: dict, q: dict, said: dict) -> str|None:
     "Answers about where p is, seen from q: the longer axis decides"
     level = abs(p['x'] - q['x']) > abs(p['y'] - q['y'])
@@ -65,6 +76,7 @@ def place_ref(p: dict, q: dict, said: dict) -> str|None:
     asked, = [i for i, words in enumerate(RELATIONS) if said['r'] in words]
     return 'yes' if ANSWERS[-4:][asked] == side else 'no'
 
+# %% ../../nbs/world/14_questions.ipynb #0d56288d
 def answer_ref(
     question: str,
     things: list[dict],   # size, texture, colour, kind (words), x, y
@@ -87,17 +99,18 @@ def answer_ref(
     if form == 'same': return yes(p[x] == q[x])
     return yes((p['size'], q['size']) == ('large', 'small')) if form == 'larger' else place_ref(p, q, said)
 
-# %% ../../nbs/world/14_questions.ipynb #38d51023
+# %% ../../nbs/world/14_questions.ipynb #c0f2c79b
 def attempt(
     form: str|Tensor,     # name, or indices into `TEMPLATES` `(b)`
-    **known,              # ok, answer, scene `(b)`; as needed p, q `(b 4)`, x (attribute), r (relation or extreme), flip
+    **known,              # ok, answer, scene `(b)`; as needed p, q `(b 4)`, attribute x, relation r, flip
 ) -> dict:
     "One attempt at a question for each sample, with -1 where nothing is said"
     b = len(known['ok'])
-    if isinstance(form, str): form = torch.full((b,), list(TEMPLATES).index(form))
+    if isinstance(form, str): form = torch.full((b,), form_id(form))
     one, four = torch.full((b,), -1), torch.full((b, 4), -1)
     return dict(form=form, p=four, q=four, x=one, r=one, flip=one) | known
 
+# %% ../../nbs/world/14_questions.ipynb #7d9ccce3
 def yes_or_no(
     code: Tensor,         # `(b)`
     numbers: Tensor,      # of the candidates `(b k)`
@@ -126,13 +139,14 @@ def ask_exist(
     said = (p >= 0).any(1, keepdim=True)
     return attempt('exist', p=p, **yes_or_no(code, numbers, found, said, likeness(look, present, p)))
 
-# %% ../../nbs/world/14_questions.ipynb #a4c787fe
+# %% ../../nbs/world/14_questions.ipynb #319bebf9
 ALIKE = masks('c', 'k', 's', 't')
 
 def most(level: str) -> int:
     "The largest number that is asked for"
     return dict(one=1, crowd=3).get(level, 2)
 
+# %% ../../nbs/world/14_questions.ipynb #135ae469
 def ask_count(world: World, code: Tensor, numbers: Tensor) -> dict:
     "How many …? Every number must occur among the candidates"
     look, present = looks(world, numbers)
@@ -143,15 +157,16 @@ def ask_count(world: World, code: Tensor, numbers: Tensor) -> dict:
     scene = take(numbers, best(n == want[:, None], likeness(look, present, p)))
     return attempt('count', p=p, ok=ok, answer=answer_id(*DIGITS)[want], scene=scene)
 
-# %% ../../nbs/world/14_questions.ipynb #150a1379
-SAME = torch.stack([masks(*names) for names in (('c', 'k', 'ck', 'ck'), ('c', 'k', 'ck', 'ck'),      # size, texture
-                                                ('s', 'k', 't', 'sk'), ('s', 'c', 't', 'sc'))])      # colour, kind
+# %% ../../nbs/world/14_questions.ipynb #68782e93
+SAME = torch.stack([masks('c', 'k', 'ck', 'ck'), masks('c', 'k', 'ck', 'ck'),     # size, texture
+                    masks('s', 'k', 't', 'sk'), masks('s', 'c', 't', 'sc')])       # colour, kind
 
 def compared(look: Tensor, fits: Tensor, x: Tensor) -> Tensor:
     "Attribute x of the thing that fits, in each candidate `(b k)`"
     value = look.gather(3, x[:, None, None, None].expand(*look.shape[:3], 1))[..., 0]
     return (value*fits).sum(2)
 
+# %% ../../nbs/world/14_questions.ipynb #7dc0e220
 def ask_compare(world: World, code: Tensor, numbers: Tensor) -> dict:
     "More … than …? Of the same …? Larger than …?"
     form, x = bits(code, 153) % 4, bits(code, 154) % 4                        # more, larger, same, same
@@ -164,12 +179,13 @@ def ask_compare(world: World, code: Tensor, numbers: Tensor) -> dict:
     more, larger = (form == 0)[:, None], (form == 1)[:, None]
     yes = torch.where(more, n_p > n_q, torch.where(larger, x_p > x_q, x_p == x_q))
     valid = (more | (n_p == 1) & (n_q == 1)) & ((p != q) & (p >= 0) & (q >= 0)).any(1, keepdim=True)
-    names = torch.tensor([list(TEMPLATES).index(f) for f in ('more', 'larger', 'same', 'same')])
-    return attempt(names[form], p=p, q=q, x=x, **yes_or_no(code, numbers, yes, valid, torch.where(more, n_q.clamp(max=1), 0)))
+    names = torch.tensor([form_id(f) for f in ('more', 'larger', 'same', 'same')])
+    score = torch.where(more, n_q.clamp(max=1), 0)                            # rather some than none
+    return attempt(names[form], p=p, q=q, x=x, **yes_or_no(code, numbers, yes, valid, score))
 
-# %% ../../nbs/world/14_questions.ipynb #d653c98a
-REFER = torch.stack([masks(*names) for names in (('c', 'k', 'ck', 'ck'), ('c', 'k', 'ck', 'ck'),     # size, texture
-                                                 ('s', 't', 'st', 'st'), ('s', 't', 'st', 'st'))])   # colour, kind
+# %% ../../nbs/world/14_questions.ipynb #03609956
+REFER = torch.stack([masks('c', 'k', 'ck', 'ck'), masks('c', 'k', 'ck', 'ck'),    # size, texture
+                     masks('s', 't', 'st', 'st'), masks('s', 't', 'st', 'st')])    # colour, kind
 
 def answer_of(
     world: World,
@@ -182,6 +198,7 @@ def answer_of(
     start = torch.where(digit & (x == 3), answer_id('zero') - len(SHAPES), start)
     return start + value, (x != 1) | ~digit & (len(LEVELS[world.level].textures) > 1)
 
+# %% ../../nbs/world/14_questions.ipynb #14831a85
 def ask_value(world: World, code: Tensor, numbers: Tensor) -> dict:
     "What colour (size, texture, kind) is the …?"
     x, alone = bits(code, 154) % 4, world.level == 'one'
@@ -192,7 +209,7 @@ def ask_value(world: World, code: Tensor, numbers: Tensor) -> dict:
     ok = ok & (matches(look, present, p).sum(1) == 1) & ((p >= 0).any(1) | alone)
     return attempt('value', p=p, x=x, ok=ok, answer=answer, scene=numbers[:, 0])
 
-# %% ../../nbs/world/14_questions.ipynb #9121e0e0
+# %% ../../nbs/world/14_questions.ipynb #c31d7077
 MARGIN = 3.   # pixels of a 48-pixel picture by which the leftmost thing leads
 
 def ask_place(world: World, code: Tensor, numbers: Tensor) -> dict:
@@ -205,6 +222,7 @@ def ask_place(world: World, code: Tensor, numbers: Tensor) -> dict:
     clear = ends.values[:, 1] - ends.values[:, 0] > MARGIN
     return attempt('place', x=x, r=side, ok=ok & clear, answer=answer, scene=numbers[:, 0])
 
+# %% ../../nbs/world/14_questions.ipynb #f91db868
 def ask_attribute(world: World, code: Tensor, numbers: Tensor) -> dict:
     "By its looks or by its place, as a coin says"
     value = ask_value(world, code, numbers)
@@ -212,14 +230,14 @@ def ask_attribute(world: World, code: Tensor, numbers: Tensor) -> dict:
     place, coin = ask_place(world, code, numbers), (bits(code, 156) >> 31).bool()
     return {k: torch.where(coin.view(-1, *[1]*(v.ndim - 1)), place[k], v) for k, v in value.items()}
 
-# %% ../../nbs/world/14_questions.ipynb #72b3a1ec
+# %% ../../nbs/world/14_questions.ipynb #4d11a914
 RELATE = masks('k', 'c', 'ck', 'sk', 'sc', 'tk', 'sck')
 
 def two_things(
     s: Scenes,
-    code: Tensor,               # `(b)`
-    tries: int=8,               # pairs to try
-) -> tuple[Tensor, Tensor, Tensor]:   # phrases `(b 2 4)`, from the second to the first in pixels `(b 2)`, ok `(b)`
+    code: Tensor,    # `(b)`
+    tries: int=8,    # pairs to try
+) -> tuple:          # phrases `(b 2 4)`, the way from the second to the first `(b 2)`, ok `(b)`
     "Two things that a phrase each can tell from all others, and whose relation is clear"
     b, o = s.kind.shape
     look = torch.stack([getattr(s, k) for k in ATTRIBUTES], -1)
@@ -233,6 +251,7 @@ def two_things(
     t = best(good)
     return take(said, t), take(away, t), good.any(1)
 
+# %% ../../nbs/world/14_questions.ipynb #3ef211b9
 def ask_relate(world: World, code: Tensor, numbers: Tensor) -> dict:
     "Is the … left of the …? Above or below it? A mirror makes the answer that a coin wants"
     s = world.scenes(numbers[:, 0])
@@ -240,28 +259,31 @@ def ask_relate(world: World, code: Tensor, numbers: Tensor) -> dict:
     axis = away.abs().argmax(1)                                               # 0 across, 1 down
     now, want, asked = (take(away, axis) > 0).long(), bits(code, 153) >> 31, bits(code, 154) >> 31
     plainly = bits(code, 155) % 3 < 2                                         # yes or no; else: which side?
-    answer = torch.where(plainly, answer_id('yes', 'no')[(asked != want).long()], answer_id('left') + 2*axis + want)
-    form = [list(TEMPLATES).index(f) for f in ('relate', 'across')]
-    return attempt(torch.where(plainly, form[0], form[1] + axis), p=said[:, 0], q=said[:, 1], r=2*axis + asked,
-                   ok=ok, answer=answer, scene=numbers[:, 0], flip=torch.where(now != want, axis, -1))
+    answer = answer_id('yes', 'no')[(asked != want).long()]
+    answer = torch.where(plainly, answer, answer_id('left') + 2*axis + want)
+    form = torch.where(plainly, form_id('relate'), form_id('across') + axis)
+    return attempt(form, p=said[:, 0], q=said[:, 1], r=2*axis + asked, ok=ok, answer=answer,
+                   scene=numbers[:, 0], flip=torch.where(now != want, axis, -1))
 
+# %% ../../nbs/world/14_questions.ipynb #f6e10120
 def mirrored(
     scenes: Scenes,
     flip: Tensor,      # 0 left and right, 1 top and bottom, else not at all `(b)`
     side: float,       # of the picture, pixels
 ) -> Scenes:
     "The scenes with some of them mirrored; the things themselves are not turned"
-    x, y = (torch.where((flip == axis)[:, None], side - at, at) for axis, at in enumerate((scenes.x, scenes.y)))
+    x, y = (torch.where((flip == i)[:, None], side - at, at) for i, at in enumerate((scenes.x, scenes.y)))
     return replace(scenes, x=x, y=y)
 
-# %% ../../nbs/world/14_questions.ipynb #993d9719
-ASK = dict(exist=(ask_exist, 8), count=(ask_count, 32), attribute=(ask_attribute, 1), compare=(ask_compare, 32),
-           relate=(ask_relate, 1))
+# %% ../../nbs/world/14_questions.ipynb #bb2933a8
+ASK = dict(exist=(ask_exist, 8), count=(ask_count, 32), attribute=(ask_attribute, 1),
+           compare=(ask_compare, 32), relate=(ask_relate, 1))         # and how many candidates
 
 def kinds_asked(level: str) -> tuple:
     "What makes sense at a level: with one thing there is nothing to count, compare or relate"
     return ('exist', 'attribute') if level == 'one' else tuple(ASK)
 
+# %% ../../nbs/world/14_questions.ipynb #fcdbf2bb
 def draft(
     world: World,      # with 48-pixel pictures
     code: Tensor,      # `(b)`
@@ -271,17 +293,19 @@ def draft(
     kinds = kinds_asked(world.level)
     kind = bits(code, 160) % len(kinds)
     rows = [(kind == i).nonzero()[:, 0] for i in range(len(kinds))]
-    parts = [search(partial(ASK[k][0], world), code[r], index[r], ASK[k][1]) for k, r in zip(kinds, rows) if len(r)]
+    parts = [search(partial(ask, world), code[r], index[r], k)
+             for (ask, k), r in zip((ASK[name] for name in kinds), rows) if len(r)]
     order = torch.cat(rows).argsort()
     return {k: torch.cat([part[k] for part in parts])[order] for k in parts[0]} | dict(kind=kind)
 
-# %% ../../nbs/world/14_questions.ipynb #394e388c
+# %% ../../nbs/world/14_questions.ipynb #b91d6fb4
 def answer_type(form: str, x: str, answer: str) -> str:
     "What the words of a question let one expect"
     if form in ('across', 'upright'): return dict(across='left or right', upright='above or below')[form]
     if form not in ('value', 'place'): return 'number' if form == 'count' else 'yes or no'
     return x if x != 'kind' else 'digit' if answer in DIGITS else 'shape'
 
+# %% ../../nbs/world/14_questions.ipynb #e314a27c
 def write(
     code: Tensor,      # `(b)`
     drafts: dict,      # from `draft`
@@ -293,20 +317,21 @@ def write(
         form, answer = list(TEMPLATES)[form], ANSWERS[answer]
         template = TEMPLATES[form][t % len(TEMPLATES[form])]
         wanted, turned = answer_type(form, ATTRIBUTES[x], answer), way[2] % 2
-        names = dict(x=wanted if form in ('value', 'place') else ATTRIBUTES[x], e=EXTREMES[r], p=say(p, way[0]), q=say(q, way[1]),
-                     r=RELATIONS[r][turned], o=RELATIONS[r ^ 1][turned], ps=say(p, way[0], True), qs=say(q, way[1], True))
-        text = template.format(a=article(names['p']), **names)
+        names = dict(x=wanted if form in ('value', 'place') else ATTRIBUTES[x], e=EXTREMES[r],
+                     r=RELATIONS[r][turned], o=RELATIONS[r ^ 1][turned])
+        text = template.format(**in_places(p, q, way), **names)
         out.append(dict(question=text, answer=answer, answer_type=wanted, template=template))
     return out
 
+# %% ../../nbs/world/14_questions.ipynb #31be3863
 @lru_cache(1)
 def question_words() -> list[str]:
     "Every word of questions and answers, sorted"
     said = {w for ts in TEMPLATES.values() for t in ts for w in t.split() if '{' not in w}
-    said |= {w for words in (*sum(RELATIONS, ()), *EXTREMES, *ATTRIBUTES, 'shape digit') for w in words.split()}
-    return sorted(said | set(ANSWERS) | set(phrase_words()))
+    said |= {w for words in (*sum(RELATIONS, ()), *EXTREMES, *ATTRIBUTES) for w in words.split()}
+    return sorted(said | {'shape', 'digit'} | set(ANSWERS) | set(phrase_words()))
 
-# %% ../../nbs/world/14_questions.ipynb #8ba964b3
+# %% ../../nbs/world/14_questions.ipynb #79525239
 class QuestionTask(WorldTask):
     "Questions with exact answers that their words do not tell"
     name, fields = 'question', ('image', 'question', 'answer', 'answers', 'scores', 'kind')
@@ -314,7 +339,7 @@ class QuestionTask(WorldTask):
     def texts(self, indices) -> dict:
         "question, answer, answers, scores, kind; also answer_type, template and scenes"
         code, w = self.code(indices), self.world
-        plain = World(w.level, w.split, skin=w.skin, seed=w.seed)                # 48 pixels: the same for any size
+        plain = World(w.level, w.split, skin=w.skin, seed=w.seed)    # 48 pixels: the same for any size
         found, kinds = draft(plain, code, torch.as_tensor(indices, dtype=torch.long)), kinds_asked(w.level)
         rows = write(code, found)
         said = {k: [r[k] for r in rows] for k in ('question', 'answer', 'answer_type', 'template')}
