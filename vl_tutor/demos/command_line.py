@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'app', 'DECODINGS', 'Json', 'Weights', 'Vision', 'Language', 'Checkpoint', 'CAPTION', 'EVALUATE', 'TRAIN',
-           'DEMO', 'CONVERT', 'opt', 'fail', 'main', 'show_version', 'root', 'say', 'note', 'decoding_options',
-           'writable', 'open_tool', 'caption', 'open_pictures', 'draw_maps', 'evaluate', 'train', 'demo',
-           'must_be_free', 'convert']
+           'FINETUNE', 'DEMO', 'CONVERT', 'opt', 'fail', 'main', 'show_version', 'root', 'say', 'note',
+           'decoding_options', 'writable', 'open_tool', 'caption', 'open_pictures', 'draw_maps', 'evaluate', 'train',
+           'finetune', 'demo', 'must_be_free', 'convert']
 
-# %% ../../nbs/demos/69_command_line.ipynb #5dfe41d6
+# %% ../../nbs/demos/69_command_line.ipynb #19ee08c5
 import json, sys
 from dataclasses import replace
 from pathlib import Path
@@ -258,7 +258,7 @@ goes, and on Ctrl-C; --resume goes on as if nothing had happened. Its folder get
   vl-tutor train captioner runs/captioner --vision runs/eye --language runs/pen
   vl-tutor train vision runs/eye --resume"""
 
-# %% ../../nbs/demos/69_command_line.ipynb #dace382e
+# %% ../../nbs/demos/69_command_line.ipynb #53bdef55
 @app.command(help=TRAIN)
 def train(
     part: Annotated[str, typer.Argument(help=f'One of {", ".join(PARTS)}.')],
@@ -290,6 +290,51 @@ def train(
         with watched(): start(part, folder, chosen['config'], recipe, (vision, language), **more)
     except KeyboardInterrupt: fail(f'stopped; the same command with --resume goes on with {folder}', 1)
     say(dict(folder=str(folder), **read_card(folder)), as_json, lambda r: [f'trained {part}: {folder}'])
+
+# %% ../../nbs/demos/69_command_line.ipynb #0951d04c
+FINETUNE = """Teach a captioner your own pictures and your own words.
+
+DATA is a folder: pictures, and a list of what is on them in any format that
+`vl-tutor data formats` names; a CSV with one column for the file and one for the
+caption will do. New words are learned. One picture in ten is kept aside and scored,
+beside two baselines that do not see. The eye stays as it is: it knows flat shapes
+and handwriting.
+
+\b
+[bold]Examples[/]
+  vl-tutor data check pictures/ --format csv
+  vl-tutor finetune pictures/ my-captioner
+  vl-tutor finetune coco/ my-captioner --format coco --samples 100000
+  vl-tutor caption photo.jpg --weights my-captioner"""
+
+# %% ../../nbs/demos/69_command_line.ipynb #cd79edec
+@app.command(help=FINETUNE)
+def finetune(
+    data: Annotated[Path, typer.Argument(help='Folder of pictures and what is said of them.')],
+    folder: Annotated[Path, typer.Argument(help='Where the run lives; gets weights, card and log.')],
+    format: opt(str, 'How the list is written; vl-tutor data formats names them all.')='csv',
+    split: opt(str, 'Trained on.')='train',
+    aside: opt(str, 'Kept aside, and scored.')='valid',
+    weights: Weights=None,
+    samples: opt(int, 'Pictures to look at, all passes together.')=24_000,
+    lr: opt(float, 'Highest learning rate.')=2e-3,
+    skip: opt(bool, 'Leave broken records out, and count them.', '--skip-broken')=False,
+    resume: opt(bool, 'Go on with the run in this folder.', '--resume')=False,
+    as_json: Json=False,
+):
+    if samples < 1: raise ValueError(f'--samples {samples}: at least 1 picture must be seen')
+    if not lr > 0: raise ValueError(f'--lr {lr:g}: it must be above 0')
+    run_folder(folder, resume)
+    from vl_tutor.recipes.own_pictures import finetune_captioner
+    from vl_tutor.recipes.pretraining import Recipe
+    how = dict(format=format, split=split, aside=aside, start=weights, recipe=Recipe(samples, 32, lr))
+    try:
+        with watched(): tool = finetune_captioner(data, folder, on_error='skip' if skip else 'raise', **how)
+    except KeyboardInterrupt: fail(f'stopped; the same command with --resume goes on with {folder}', 1)
+    show = lambda name, score: '  '.join([f'{name:>9}', *(f'{k} {v:.3f}' for k, v in score.items())])
+    say(dict(folder=str(folder), **tool.card), as_json, lambda r: [
+        f'{r["pictures"]} pictures, {r["kept_aside"]} kept aside, {r["broken"]} broken records left out',
+        *(show(name, score) for name, score in r['scores'].items()), f'trained: {folder}'])
 
 # %% ../../nbs/demos/69_command_line.ipynb #b9b85b73
 DEMO = """Open the captioning page: roll, draw or upload a picture, and see where the model looked.
