@@ -8,10 +8,10 @@ __all__ = ['ATTRIBUTES', 'MASKS', 'PART', 'ENDS', 'LEAD', 'RELATIONS', 'CLEAR', 
            'attempt', 'draft', 'noun_phrase', 'express', 'expression_pattern', 'read_expression', 'refer_ref', 'iou',
            'distractors', 'proposals', 'ReferringTask']
 
-# %% ../../nbs/world/13_referring.ipynb #0d86258a
-import re
+# %% ../../nbs/world/13_referring.ipynb #bb3cab0f
+import math, re
 from functools import lru_cache
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor
 from .dice import bits, mix, uniform
 from .drawing import COLOURS, KINDS, SIZES, TEXTURES, Scenes, object_boxes
@@ -19,7 +19,7 @@ from .language import MEANING, SYNONYMS, world_words
 from .scenes import World
 from .tasks import ROOM, WorldTask, things
 
-# %% ../../nbs/world/13_referring.ipynb #643dee49
+# %% ../../nbs/world/13_referring.ipynb #8c668363
 ATTRIBUTES = dict(size=SIZES, texture=TEXTURES, colour=COLOURS, kind=KINDS)
 MASKS = torch.tensor([[bool(m & 1), bool(m & 2), bool(m & 4), bool(m & 8)] for m in range(16)])   # what is said
 PART = torch.tensor([[k != m and k & m == k for k in range(16)] for m in range(16)])             # k says less than m
@@ -33,6 +33,7 @@ def who_fits(
     there = scenes.present[:, :, None, None] & scenes.present[:, None, None]
     return (same | ~MASKS[:, None]).all(-1) & there
 
+# %% ../../nbs/world/13_referring.ipynb #f95a2fb7
 def minimal(
     fit: Tensor,     # from `who_fits`
 ) -> Tensor:         # bool `(b o 16)`
@@ -69,7 +70,7 @@ def by_attributes(
     valid[:, 0] = False
     return dict(said=draw_one(valid, bits(code, 111)), ok=valid.any(1))
 
-# %% ../../nbs/world/13_referring.ipynb #cebe4ae8
+# %% ../../nbs/world/13_referring.ipynb #14b1dc9a
 ENDS = dict(leftmost=('leftmost',), rightmost=('rightmost',), topmost=('topmost', 'highest'), lowest=('lowest', 'bottommost'),
             largest=('largest', 'biggest'), smallest=('smallest', 'tiniest'))
 LEAD = 3., 1.15      # pixels of a 48-pixel picture, or ratio of sizes, by which the first leads
@@ -85,10 +86,11 @@ def leads(
     r = scenes.r.clamp(min=1e-6).log()
     value = torch.stack([-scenes.x, scenes.x, -scenes.y, scenes.y, r, -r, area, -area], 1)         # (b 8 o)
     lead = value.gather(2, target[:, None, None].expand(-1, 8, 1)) - value
-    far = lead > torch.tensor([LEAD[0]]*4 + [torch.tensor(LEAD[1]).log().item()]*4)[:, None]
+    far = lead > torch.tensor([LEAD[0]]*4 + [math.log(LEAD[1])]*4)[:, None]
     won = (far[:, :, None] | ~among[:, None]).all(-1)                                            # (b 8 16)
     return torch.cat([won[:, :4], won[:, 4:6] & won[:, 6:]], 1)
 
+# %% ../../nbs/world/13_referring.ipynb #e0ec529e
 def by_end(scenes: Scenes, code: Tensor, target: Tensor, fit: Tensor) -> dict:
     "The first from one end among those of its sort; size words do not go with largest and smallest"
     row, others = torch.arange(len(code)), torch.arange(scenes.kind.shape[1]) != target[:, None]
@@ -98,7 +100,7 @@ def by_end(scenes: Scenes, code: Tensor, target: Tensor, fit: Tensor) -> dict:
     pick = draw_one(valid.flatten(1), bits(code, 112))
     return dict(said=pick % 16, end=pick//16, ok=valid.flatten(1).any(1))
 
-# %% ../../nbs/world/13_referring.ipynb #3b1527d1
+# %% ../../nbs/world/13_referring.ipynb #e7b6ccac
 RELATIONS = (('left of', 'to the left of'), ('right of', 'to the right of'), ('above', 'over'), ('below', 'beneath'))
 CLEAR, BEYOND = 1.4, 2.      # one axis is so much longer; pixels by which others are on the other side
 
@@ -111,6 +113,7 @@ def on_side(
     away = place[:, :, None] - place[:, :, :, None]                                               # (b 4 l o)
     return away.gather(1, side[:, None, :, None].expand(-1, 1, -1, away.shape[3]))[:, 0]
 
+# %% ../../nbs/world/13_referring.ipynb #a54fae9f
 def by_relation(scenes: Scenes, code: Tensor, target: Tensor, fit: Tensor) -> dict:
     "What stands left of (right of, above, below) a landmark that attributes name"
     row, o = torch.arange(len(code)), scenes.kind.shape[1]
@@ -120,17 +123,17 @@ def by_relation(scenes: Scenes, code: Tensor, target: Tensor, fit: Tensor) -> di
     clear = (away.abs().amax(2) > CLEAR*away.abs().amin(2)) & scenes.present
     known = minimal(fit) & worth_saying(scenes)[:, None] & (torch.arange(16) > 0)                # (b l 16)
     mine = fit[row, target]                                                                       # (b 16 o)
-    self = torch.arange(o) == target[:, None]
-    rivals = (on_side(scenes, side) > -BEYOND) & ~self[:, None] & ~torch.eye(o, dtype=torch.bool)
+    own = torch.arange(o) == target[:, None]
+    rivals = (on_side(scenes, side) > -BEYOND) & ~own[:, None] & ~torch.eye(o, dtype=torch.bool)
     free = ~(mine[:, None] & rivals[:, :, None]).any(-1)                                          # (b l 16)
-    valid = free & (clear & known.any(2) & ~self)[..., None]
+    valid = free & (clear & known.any(2) & ~own)[..., None]
     valid = (valid & (worth_saying(scenes) & (mine.sum(-1) > 1))[:, None]).flatten(1)
     pick = draw_one(valid, bits(code, 113))
     mark = pick//16
     return dict(said=pick % 16, mark=mark, side=side[row, mark], ok=valid.any(1),
                 mark_said=draw_one(known[row, mark], bits(code, 114)))
 
-# %% ../../nbs/world/13_referring.ipynb #8e9f807a
+# %% ../../nbs/world/13_referring.ipynb #f0120638
 FAMILIES = dict(attributes=by_attributes, superlative=by_end, relation=by_relation)
 
 def attempt(
@@ -150,6 +153,7 @@ def attempt(
             for k, v in say(scenes[rows], code[rows], target[rows], fit[rows]).items(): out[k][rows] = v
     return out
 
+# %% ../../nbs/world/13_referring.ipynb #ca37a937
 def draft(
     world: World,      # with pictures of 48 pixels
     code: Tensor,      # `(b)`
@@ -244,7 +248,7 @@ def refer_ref(
     other = 'y' if axis == 'x' else 'x'
     return [i for i in there if not strict or ahead(found[i], axis) > ahead(found[i], other)]
 
-# %% ../../nbs/world/13_referring.ipynb #bc0b2cfa
+# %% ../../nbs/world/13_referring.ipynb #d8d841c2
 def iou(
     a: Tensor,   # boxes `(… 4)`: left, top, right, bottom
     b: Tensor,   # boxes that broadcast with them
@@ -254,6 +258,7 @@ def iou(
     both, areas = side.prod(-1), [(x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b)]
     return both/(areas[0] + areas[1] - both).clamp(min=1e-9)
 
+# %% ../../nbs/world/13_referring.ipynb #e5ed8422
 def distractors(
     code: Tensor,     # `(b)`
     boxes: Tensor,    # of all objects, zeros where there is none `(b o 4)`
@@ -275,6 +280,7 @@ def distractors(
     moved, part = torch.cat([start, start + new], 2), torch.cat([inside, inside + part], 2)
     return torch.where((iou(moved, true[:, None]) < .5)[..., None], moved, part)
 
+# %% ../../nbs/world/13_referring.ipynb #9e7f0620
 def proposals(
     code: Tensor,    # `(b)`
     boxes: Tensor, count: Tensor, target: Tensor,   # of the objects `(b o 4)`, how many `(b)`, which is meant `(b)`
@@ -285,7 +291,7 @@ def proposals(
     true = boxes[torch.arange(b), target]
     extra = distractors(code, boxes, count, true, n, 48)
     ours = torch.arange(n) < count[:, None]
-    heap = torch.where(ours[..., None], torch.nn.functional.pad(boxes, (0, 0, 0, n - o)), extra)
+    heap = torch.where(ours[..., None], F.pad(boxes, (0, 0, 0, n - o)), extra)
     order = bits(code, 122, n).argsort(1)
     return heap.gather(1, order[..., None].expand(-1, -1, 4)), (order == target[:, None]).int().argmax(1)
 
