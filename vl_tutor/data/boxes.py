@@ -127,13 +127,13 @@ def flip_boxes(
     left, top, right, bottom = as_boxes(boxes).unbind(-1)
     return torch.stack([width - right, top, width - left, bottom], -1)
 
-# %% ../../nbs/data/26_boxes.ipynb #fda04760
+# %% ../../nbs/data/26_boxes.ipynb #f14cd7e8
 def draw_boxes(
     image,                     # uint8 `(3 h w)`, `(h w 3)` or a PIL picture
     boxes,                     # left, top, right, bottom `(n 4)`
     labels=None,               # a text for each
     *,
-    colours=None,              # one for each; the first in full, the rest grey if None
+    colours=None,              # one for each; the first orange, the rest pink if None
     ax=None,                   # where to draw
 ):                             # the axes
     "A picture with boxes on it, each on the very edge of its pixels"
@@ -141,7 +141,7 @@ def draw_boxes(
     from vl_tutor.data.images import open_image
     from vl_tutor.primitives.notation import PALETTE
     ax, boxes = ax or plt.subplots(figsize=(2.5, 2.5))[1], as_boxes(torch.stack([as_boxes(b) for b in boxes]))
-    colours = colours or [PALETTE['text']] + [PALETTE['grey']]*(len(boxes) - 1)
+    colours = colours or [PALETTE['text']] + [PALETTE['key']]*(len(boxes) - 1)
     ax.imshow(open_image(image)); ax.axis('off')
     for k, ((x, y, w, h), colour) in reversed(list(enumerate(zip(to_xywh(boxes).tolist(), colours)))):
         ax.add_patch(plt.Rectangle((x - .5, y - .5), w, h, fill=False, edgecolor=colour, linewidth=2))

@@ -8,9 +8,10 @@ __all__ = ['CONVERTED', 'SIMLA_VQA', 'VALID', 'UNI_VQA', 'TRUTH', 'ENTAILMENT', 
            'uni_targets', 'uni_question', 'read_uni_perceiver_vqa', 'nlvr2_pictures', 'statement', 'read_nlvr2',
            'read_snli_ve']
 
-# %% ../../nbs/data/25_quizzes.ipynb #53136d6f
+# %% ../../nbs/data/25_quizzes.ipynb #41460134
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from .annotations import (Format, Problems, checked, json_fields, json_lines, need, numbered, once,
                                        read_json, texts)
@@ -138,10 +139,11 @@ def uni_targets(folder, name: str|None, words: list[str], problems: Problems) ->
     file = list_file(folder, name)
     return gathered(numbered(file, read_pickle(file), 'target'), 'question_id', make, problems)
 
-# %% ../../nbs/data/25_quizzes.ipynb #ca9eeaac
-def uni_question(row: dict, find, places: dict, targets: dict|None) -> Iterator[dict]:
+# %% ../../nbs/data/25_quizzes.ipynb #f74ea796
+def uni_question(row: dict, find, places: dict, targets: dict|None, seen: set) -> Iterator[dict]:
     "One question with picture and answers; nothing if its target was broken or holds no answer"
     number, image_id, question = need(row, question_id=int, image_id=int, question=str)
+    once(seen, number, 'question_id')
     if str(image_id) not in places: raise ValueError(f'picture {image_id} is not in coco_map.json')
     record = dict(image=find(str(places[str(image_id)])), question=texts(question, 'question')[0],
                   question_id=number, image_id=image_id, answers=[], scores=[])
@@ -159,7 +161,7 @@ def read_uni_perceiver_vqa(folder, split: str, problems: Problems) -> Iterator[d
         if name.startswith('VG') and not any((Path(folder)/f'{p}{name}').is_file() for p in LISTS): continue
         file, targets = list_file(folder, name), uni_targets(folder, target, words, problems)
         rows = by_question(numbered(file, json_fields(file, questions=list)[0], 'question'))[part]
-        make = lambda row, targets=targets if target else None: uni_question(row, find, places, targets)
+        make = partial(uni_question, find=find, places=places, targets=targets if target else None, seen=set())
         yield from checked(rows, problems, make)
 
 # %% ../../nbs/data/25_quizzes.ipynb #2297641a
