@@ -182,7 +182,7 @@ def mended(
     try: return text.encode('latin1').decode('utf-8')
     except UnicodeError: return text
 
-# %% ../../nbs/data/26_boxes.ipynb #d5bf7ca9
+# %% ../../nbs/data/26_boxes.ipynb #93f1c113
 def positive_box(
     numbers,         # left, top, width, height, and maybe more
 ) -> list[float]:    # left, top, right, bottom
@@ -190,7 +190,7 @@ def positive_box(
     four = list(numbers)[:4] if isinstance(numbers, (list, tuple)) else []
     if len(four) == 4 and all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in four):
         x, y, w, h = map(float, four)
-        if min(w, h) > 0 and max(map(abs, four)) < 1e6: return [x, y, x + w, y + h]
+        if w > 0 and h > 0 and all(-1e6 < n < 1e6 for n in four): return [x, y, x + w, y + h]
     raise ValueError(f'box {numbers!r:.60} is not left, top, width and height')
 
 def refer_files(folder, name: str, by: str) -> tuple[Path, Path]:
