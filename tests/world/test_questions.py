@@ -126,7 +126,7 @@ def gains(train, test, group):
 @pytest.mark.parametrize('level,skin', measured)
 def test_reading_alone_is_worth_no_more_than_a_constant(level, skin):
     train, test = QuestionTask(level, skin=skin).texts(range(20_000)), QuestionTask(level, 'test', skin=skin).texts(range(10_000))
-    assert gains(train, test, None)['all'][0] <= .02
+    assert gains(train, test, None)['all'][0] <= .01
     for gain, n in gains(train, test, 'kind').values(): assert gain <= .02
     for gain, n in gains(train, test, 'template').values(): assert gain <= .02 + 3*(.5/n)**.5
 
@@ -136,7 +136,8 @@ def test_the_measure_finds_a_leak():
     def leaking(split, n):
         told = [t[0] for t in things(World('one', split).scenes(range(n)))]
         return dict(question=[f'what colour is the {t["kind"]} ?' for t in told], answer=[t['colour'] for t in told], answer_type=['colour']*n)
-    assert gains(leaking('train', 20_000), leaking('test', 20_000), None)['all'][0] > .02
+    gain, n = gains(leaking('train', 20_000), leaking('test', 20_000), None)['all']
+    assert gain > 4*(.3/n)**.5 > .015
 
 
 @pytest.mark.parametrize('level,skin', measured)
