@@ -45,22 +45,22 @@ def boxes_of(
     found += [(0, sample['box'], 'true')] if 'box' in sample else []
     return [(i, box, role) for i, box, role in found if (box[2:] > box[:2]).all()]
 
-# %% ../../nbs/world/17_gallery.ipynb #0a101164
+# %% ../../nbs/world/17_gallery.ipynb #5d546c8e
 TRUTHS = dict(pair=('false', 'true'), image=('contradiction', 'neutral', 'entailment'))   # what `label` means beside `text`
 
 def words_of(
     sample: dict,
 ) -> str:
     "What a sample says and what is true of it"
-    if 'question' in sample: return f'{sample["question"]}  →  {sample["answer"]}'
+    if 'question' in sample: return f'{sample["question"]}  →\xa0{sample["answer"]}'
     if 'text' in sample:
         label, means = int(sample['label']), TRUTHS['pair' if 'pair' in sample else 'image']
-        return f'{sample["text"]}  →  {means[label]}'
+        return f'{sample["text"]}  →\xa0{means[label]}'
     for name in ('expression', 'caption', 'class_name'):
         if name in sample: return str(sample[name])
     return ''
 
-# %% ../../nbs/world/17_gallery.ipynb #c9ffc1ad
+# %% ../../nbs/world/17_gallery.ipynb #b68b304b
 LINES = dict(known=[('#BBBBBB', .6)], offered=[(PALETTE['key'], .8)], true=[('w', 3.), ('k', 1.4)])   # colour and width of frames
 
 def show_sample(
@@ -98,8 +98,9 @@ def show_tasks(
     wide = {name: len(pictures_of(s)) for name, s in samples.items()}
     rows = [[n for n in samples if wide[n] < 3][k:k + 4] for k in range(0, len(samples), 4)]
     rows = [r for r in rows if r] + [[n] for n in samples if wide[n] > 2]
-    fig = figure(figsize=(9, 2*len(rows)), layout='constrained')
-    grid = fig.add_gridspec(len(rows), 1)
+    high = [1.2 if wide[r[0]] > 2 else 2 for r in rows]
+    fig = figure(figsize=(9, sum(high)), layout='constrained')
+    grid = fig.add_gridspec(len(rows), 1, height_ratios=high)
     for line, row in zip(grid, rows):
         for name, place in zip(row, line.subgridspec(1, len(row), width_ratios=[max(wide[n], 1.4) for n in row])):
             columns = 34 if wide[name] == 1 else 60 if wide[name] == 2 else 130

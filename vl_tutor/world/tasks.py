@@ -245,12 +245,13 @@ def task_tokenizer():
     from vl_tutor.primitives.words import WordTokenizer
     return WordTokenizer(task_words())
 
-# %% ../../nbs/world/12_tasks.ipynb #abe88b66
+# %% ../../nbs/world/12_tasks.ipynb #0b99acf9
 def features(text: str) -> list:
     "The words of a text and its pairs of neighbours, each once"
     words = text.split()
     return list(dict.fromkeys([*words, *zip(['', *words], [*words, ''])]))
 
+# %% ../../nbs/world/12_tasks.ipynb #8904e7da
 class TextOnly:
     "A blind guess: what this very text had for an answer, else naive Bayes over words and word pairs"
     def __init__(self,
