@@ -1,5 +1,6 @@
 "Finds every fixture under the golden root, and holds what the checkers of all systems share."
 import os
+import re
 from pathlib import Path
 from typing import Callable
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from vl_tutor.training.checkpoints import KeyMap
 
 ROOT = Path(os.environ.get('VL_TUTOR_GOLDEN') or Path(__file__).resolve().parents[1]/'golden')
 CHECKERS, MANIFESTS = {}, {}     # 'system/fixture' → what we compute ; 'system' → test of one manifest
+GIVEN = {}                       # 'system/fixture' → names of inputs, where the names themselves do not say so
 TRUTH = ('out.', 'mid.', 'after.')
 
 
@@ -23,12 +25,19 @@ def manifests(root: Path = ROOT) -> list[str]:
     return sorted(p.relative_to(root).as_posix() for p in root.rglob('manifest*.json'))
 
 
-def checker(*names: str):
+def checker(*names: str, given=None):
     "Registers a function (config, weights, io) → results in forward order for these fixtures"
     def register(f):
         CHECKERS.update(dict.fromkeys(names, f))
+        if given is not None: GIVEN.update(dict.fromkeys(names, set(given)))
         return f
     return register
+
+
+def named(fixture: str, io: dict) -> dict:
+    "The tensors of a fixture with 'in.' or 'out.' before each name, whatever way the system has of saying so"
+    if fixture in GIVEN: return {('in.' if k in GIVEN[fixture] else 'out.') + k: v for k, v in io.items()}
+    return {re.sub('^(in|out)/', r'\1.', k): v for k, v in io.items()}
 
 
 def manifest_checker(system: str):

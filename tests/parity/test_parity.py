@@ -4,10 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 import parity_captioner
-from parity_golden import CHECKERS, MANIFESTS, ROOT, compare, fixtures, manifests
+import parity_simla
+import parity_uni_perceiver
+import parity_words
+from parity_golden import CHECKERS, MANIFESTS, ROOT, compare, fixtures, manifests, named
 from vl_tutor.models.parity import read_golden
 
-TOLERANCES = dict(captioner=parity_captioner)
+TOLERANCES = dict(captioner=parity_captioner, simla=parity_simla, uni_perceiver=parity_uni_perceiver, vlc=parity_words)
 
 
 @pytest.mark.parametrize('name', fixtures() or ['(none)'])
@@ -17,6 +20,7 @@ def test_fixture(name):
     system, fixture = name.split('/')
     torch.manual_seed(0)
     config, weights, io = read_golden(ROOT/name)
+    io = named(name, io)
     ours = CHECKERS[name](config, weights, io)
     limits = TOLERANCES[system]
     assert compare(ours, io, limits.atol(fixture), limits.rtol(fixture)) == sum(not k.startswith('in.') for k in io)

@@ -219,8 +219,8 @@ def ended_ids(
     "Uni-Perceiver's text: pieces and the end marker"
     return cut_ids([*tokenizer.pieces(text), tokenizer.eos_id], max_len)
 
-# %% ../../nbs/primitives/06_texts.ipynb #89f88939
-PROMPTS = {'SST-2': '0 E it is S . E', 'CoLA': '0 E this is S . E', 'RTE': '0 ? E it is S , 1 E', 'QNLI': '0 E it is S , 1 E',
+# %% ../../nbs/primitives/06_texts.ipynb #d31f9cdf
+PROMPTS = {'SST-2': '0 E it is S . E', 'CoLA': '0 this is S . E', 'RTE': '0 ? E it is S , 1 E', 'QNLI': '0 E it is S , 1 E',
            'MRPC': '0 . S , 1 E', 'QQP': '0 E S , 1 E', 'MNLI': '0 S , 1 E', 'VQA': '0 S E', 'VQA two ends': '0 E S E'}
 LABELS = {'SST-2': ['bad', 'wonderful'], 'CoLA': ['incorrect', 'correct'], 'MNLI': ['no', 'maybe', 'yes'],
           **{task: ['no', 'yes'] for task in ('RTE', 'MRPC', 'QQP', 'QNLI')}}
