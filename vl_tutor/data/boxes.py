@@ -6,7 +6,7 @@
 __all__ = ['SPLIT_BY', 'TRAIN2014', 'ABOUT', 'SPLITS', 'FORMATS', 'as_boxes', 'from_xywh', 'to_xywh', 'iou_ref', 'iou',
            'iou_matrix', 'iou_inclusive', 'grounding_accuracy', 'scale_boxes', 'clip_boxes', 'flip_boxes', 'draw_boxes',
            'PlainUnpickler', 'read_pickle', 'mended', 'positive_box', 'refer_files', 'read_instances', 'detected',
-           'detected_here', 'read_proposals', 'proposals_of', 'in_split', 'read_refer', 'thing_of', 'expression_of',
+           'detected_here', 'read_proposals', 'proposals_of', 'in_split', 'thing_of', 'expression_of', 'read_refer',
            'read_simla_grounding']
 
 # %% ../../nbs/data/26_boxes.ipynb #6eb706ff
@@ -20,7 +20,7 @@ from .annotations import (Absent, Format, Problems, checked, entries, first_file
 from .answers import COCO, finder, gathered, list_file
 from ..training.released import KNOWN, PLAIN, SafeUnpickler
 
-# %% ../../nbs/data/26_boxes.ipynb #7f233f0c
+# %% ../../nbs/data/26_boxes.ipynb #e88b8843
 def as_boxes(
     boxes,           # numbers `(... 4)`
 ) -> Tensor:         # float
@@ -30,6 +30,7 @@ def as_boxes(
     if found.ndim and found.shape[-1] == 4: return found
     raise ValueError(f'a box is four numbers, these have the shape {tuple(found.shape)}')
 
+# %% ../../nbs/data/26_boxes.ipynb #7b28d618
 def from_xywh(
     boxes,           # left, top, width, height `(... 4)`, as COCO and the refer files have them
 ) -> Tensor:         # left, top, right, bottom
@@ -101,7 +102,7 @@ def grounding_accuracy(
         raise ValueError(f'{tuple(guesses.shape)} guesses for {tuple(boxes.shape)} boxes')
     return (measure(guesses, boxes) >= least).double().mean().item()
 
-# %% ../../nbs/data/26_boxes.ipynb #17b8e194
+# %% ../../nbs/data/26_boxes.ipynb #f3665255
 def scale_boxes(
     boxes,                     # `(... 4)`
     old: tuple[float, float],  # width and height of the picture they belong to
@@ -111,6 +112,7 @@ def scale_boxes(
     x, y = new[0]/old[0], new[1]/old[1]
     return as_boxes(boxes)*torch.tensor([x, y, x, y])
 
+# %% ../../nbs/data/26_boxes.ipynb #a0fe3bac
 def clip_boxes(
     boxes,                     # left, top, right, bottom `(... 4)`
     width: float, height: float,
@@ -119,6 +121,7 @@ def clip_boxes(
     limit = torch.tensor([width, height, width, height], dtype=as_boxes(boxes).dtype)
     return torch.minimum(as_boxes(boxes).clamp(min=0), limit)
 
+# %% ../../nbs/data/26_boxes.ipynb #be35cc22
 def flip_boxes(
     boxes,                     # left, top, right, bottom `(... 4)`
     width: float,
@@ -148,7 +151,7 @@ def draw_boxes(
         if labels: ax.text(x, y - 1, labels[k], color='w', fontsize=7, va='bottom', backgroundcolor=colour)
     return ax
 
-# %% ../../nbs/data/26_boxes.ipynb #479575c0
+# %% ../../nbs/data/26_boxes.ipynb #165e4930
 class PlainUnpickler(SafeUnpickler):
     "Builds lists, dicts, texts and numbers; the first other name in the file is refused"
     def __init__(self, file): super().__init__(file, None)
@@ -161,6 +164,7 @@ class PlainUnpickler(SafeUnpickler):
 
     def persistent_load(self, pid): raise ValueError('it points to something outside')
 
+# %% ../../nbs/data/26_boxes.ipynb #55e12993
 def read_pickle(
     file,            # a pickle of any age
     kind: type=list, # what it must hold
@@ -182,7 +186,7 @@ def mended(
     try: return text.encode('latin1').decode('utf-8')
     except UnicodeError: return text
 
-# %% ../../nbs/data/26_boxes.ipynb #93f1c113
+# %% ../../nbs/data/26_boxes.ipynb #66b2d0b3
 def positive_box(
     numbers,         # left, top, width, height, and maybe more
 ) -> list[float]:    # left, top, right, bottom
@@ -193,13 +197,14 @@ def positive_box(
         if w > 0 and h > 0 and all(-1e6 < n < 1e6 for n in four): return [x, y, x + w, y + h]
     raise ValueError(f'box {numbers!r:.60} is not left, top, width and height')
 
+# %% ../../nbs/data/26_boxes.ipynb #091699fe
 def refer_files(folder, name: str, by: str) -> tuple[Path, Path]:
     "Where the references and the instances lie: in a folder of that name, or here"
     places = [f'{name}/', '', f'data/{name}/', f'refer/data/{name}/']
     refs = first_file(folder, [f'{p}refs({by}).p' for p in places], f'references refs({by}).p')
     return refs, first_file(refs.parent, ['instances.json'], 'instances')
 
-# %% ../../nbs/data/26_boxes.ipynb #627dc915
+# %% ../../nbs/data/26_boxes.ipynb #a9c7f8bc
 def read_instances(file, problems: Problems) -> tuple[dict, dict]:
     "Pictures by id: name and size; objects by id: picture and box. None where broken"
     def picture(row): return need(row, file_name=str, width=int, height=int)
@@ -208,6 +213,7 @@ def read_instances(file, problems: Problems) -> tuple[dict, dict]:
     return (gathered(numbered(file, images, 'image'), 'id', picture, problems),
             gathered(numbered(file, things, 'annotation'), 'id', thing, problems))
 
+# %% ../../nbs/data/26_boxes.ipynb #8b6a5c51
 def detected(row: dict) -> tuple:
     "Picture and boxes of one detection, as MAttNet writes it"
     image_id, box = need(row, image_id=(int, str), box=list)
@@ -218,6 +224,7 @@ def detected_here(row: tuple) -> tuple:
     boxes, = need({'boxes': row[1]}, boxes=list)
     return row[0], [need(b, box=list)[0] if isinstance(b, dict) else b for b in boxes]
 
+# %% ../../nbs/data/26_boxes.ipynb #5cdb3b61
 def read_proposals(file, problems: Problems) -> dict[str, list]:
     "Detectors' boxes by picture: MAttNet's list of `image_id` and `box`, or SIMLA's `{image_id: [box, …]}`"
     found, boxes = read_json(file), {}
@@ -230,7 +237,7 @@ def read_proposals(file, problems: Problems) -> dict[str, list]:
         boxes.setdefault(str(name), []).extend(here)
     return boxes
 
-# %% ../../nbs/data/26_boxes.ipynb #53d27001
+# %% ../../nbs/data/26_boxes.ipynb #6bc5703c
 def proposals_of(folder, name: str, by: str, things: dict, problems: Problems) -> dict[str, list]:
     "Boxes to choose from in each picture: a detector's if its file is there, else all annotated objects"
     names = [f'{name}/dets.json', 'dets.json', f'detections/{name}_{by}/*dets.json']
@@ -240,9 +247,25 @@ def proposals_of(folder, name: str, by: str, things: dict, problems: Problems) -
     for image_id, box in filter(None, things.values()): found.setdefault(str(image_id), []).append(box)
     return found
 
+# %% ../../nbs/data/26_boxes.ipynb #0d841ee9
 def in_split(split: str, asked: str) -> bool:
     "Whether a reference belongs to a split; `test` is testA and testB together"
     return split == asked or asked == 'test' and split.startswith('test')
+
+# %% ../../nbs/data/26_boxes.ipynb #ad900af6
+def thing_of(things: dict, images: dict, ann_id: int, image_id: int) -> list|None:
+    "The box of an object; None where its entry is broken; raises ValueError where it does not fit"
+    if ann_id not in things: raise ValueError(f'object {ann_id} is not in instances.json')
+    if image_id not in images: raise ValueError(f'picture {image_id} is not in instances.json')
+    if things[ann_id] is None or images[image_id] is None: return None
+    about, box = things[ann_id]
+    if about != image_id: raise ValueError(f'object {ann_id} is in picture {about}, not in {image_id}')
+    return box
+
+# %% ../../nbs/data/26_boxes.ipynb #991a70f9
+def expression_of(sentence: dict) -> str:
+    "The cleaned expression of a sentence"
+    return texts(mended(need(sentence, sent=str)[0]), 'sent')[0]
 
 # %% ../../nbs/data/26_boxes.ipynb #f1dde625
 SPLIT_BY = {'refcoco': 'unc', 'refcoco+': 'unc', 'refcocog': 'umd'}
@@ -263,20 +286,6 @@ def read_refer(folder, split: str, problems: Problems, *, name: str, by: str|Non
                       image_id=image_id, ref_id=ref_id)
         for sentence in sentences: yield dict(expression=expression_of(sentence)) | common
     yield from checked(numbered(refs, read_pickle(refs), 'reference'), problems, make)
-
-# %% ../../nbs/data/26_boxes.ipynb #04502d39
-def thing_of(things: dict, images: dict, ann_id: int, image_id: int) -> list|None:
-    "The box of an object; None where its entry is broken; raises ValueError where it does not fit"
-    if ann_id not in things: raise ValueError(f'object {ann_id} is not in instances.json')
-    if image_id not in images: raise ValueError(f'picture {image_id} is not in instances.json')
-    if things[ann_id] is None or images[image_id] is None: return None
-    about, box = things[ann_id]
-    if about != image_id: raise ValueError(f'object {ann_id} is in picture {about}, not in {image_id}')
-    return box
-
-def expression_of(sentence: dict) -> str:
-    "The cleaned expression of a sentence"
-    return texts(mended(need(sentence, sent=str)[0]), 'sent')[0]
 
 # %% ../../nbs/data/26_boxes.ipynb #4b4305f1
 def read_simla_grounding(folder, split: str, problems: Problems, *, name: str='refcoco+', by: str|None=None):

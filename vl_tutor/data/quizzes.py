@@ -71,7 +71,7 @@ def simla_answers(
     weights = [.5]*len(counts) if source == 'vg' else [n/counts.total() for n in counts.values()]
     return dict(answer=counts.most_common(1)[0][0], answers=list(counts), scores=weights, kind=source)
 
-# %% ../../nbs/data/25_quizzes.ipynb #fd744d0f
+# %% ../../nbs/data/25_quizzes.ipynb #9f8a7aa5
 SIMLA_VQA = dict(train=('vqa_train.json', 'vg_qa.json'), valid=('vqa_val.json',), test=('vqa_test.json',))
 
 def read_simla_vqa(folder, split: str, problems: Problems) -> Iterator[dict]:
@@ -88,6 +88,7 @@ def read_simla_vqa(folder, split: str, problems: Problems) -> Iterator[dict]:
         yield dict(image=find(image), question=texts(question, 'question')[0], question_id=number) | said
     for file in files: yield from checked(numbered(file, read_json(file, list)), problems, make)
 
+# %% ../../nbs/data/25_quizzes.ipynb #77b81c1f
 def read_answer_list(
     file,            # `answer_list.json`: a list, or answer → number
 ) -> list[str]:      # by number
@@ -113,7 +114,7 @@ def read_vg_qa(folder, split: str, problems: Problems) -> Iterator[dict]:
                        answers=[answer], scores=[1.], question_id=number, image_id=image_id)
     yield from checked(numbered(file, read_json(file, list), 'picture'), problems, make)
 
-# %% ../../nbs/data/25_quizzes.ipynb #0ec56b6f
+# %% ../../nbs/data/25_quizzes.ipynb #33edc251
 VALID = 'v2_OpenEnded_mscoco_val2014_questions.json', 'val_target.pkl'
 UNI_VQA = dict(train=(('v2_OpenEnded_mscoco_train2014_questions.json', 'train_target.pkl', slice(None)),
                       (*VALID, slice(-3000)), ('VG_questions2.json', 'vg_target.pkl', slice(None))),
@@ -127,6 +128,7 @@ def by_question(rows: Iterable) -> list:
         return n if isinstance(n, int) else -1
     return sorted(rows, key=number)
 
+# %% ../../nbs/data/25_quizzes.ipynb #0c26718a
 def uni_targets(folder, name: str|None, words: list[str], problems: Problems) -> dict[int, tuple]:
     "Question → answers and scores, from a pickle of targets; none without a name"
     if name is None: return {}
@@ -139,7 +141,7 @@ def uni_targets(folder, name: str|None, words: list[str], problems: Problems) ->
     file = list_file(folder, name)
     return gathered(numbered(file, read_pickle(file), 'target'), 'question_id', make, problems)
 
-# %% ../../nbs/data/25_quizzes.ipynb #f74ea796
+# %% ../../nbs/data/25_quizzes.ipynb #ad010c4f
 def uni_question(row: dict, find, places: dict, targets: dict|None, seen: set) -> Iterator[dict]:
     "One question with picture and answers; nothing if its target was broken or holds no answer"
     number, image_id, question = need(row, question_id=int, image_id=int, question=str)
@@ -152,6 +154,7 @@ def uni_question(row: dict, find, places: dict, targets: dict|None, seen: set) -
     answers, scores = targets[number] or ([], [])
     if answers: yield record | dict(answers=answers, scores=scores, answer=answers[scores.index(max(scores))])
 
+# %% ../../nbs/data/25_quizzes.ipynb #763f0d14
 def read_uni_perceiver_vqa(folder, split: str, problems: Problems) -> Iterator[dict]:
     "Uni-Perceiver's VQA: training takes all but the last 3,000 validation questions, and Visual Genome's"
     from vl_tutor.data.boxes import read_pickle
@@ -161,7 +164,7 @@ def read_uni_perceiver_vqa(folder, split: str, problems: Problems) -> Iterator[d
         if name.startswith('VG') and not any((Path(folder)/f'{p}{name}').is_file() for p in LISTS): continue
         file, targets = list_file(folder, name), uni_targets(folder, target, words, problems)
         rows = by_question(numbered(file, json_fields(file, questions=list)[0], 'question'))[part]
-        make = partial(uni_question, find=find, places=places, targets=targets if target else None, seen=set())
+        make = partial(uni_question, find=find, places=places, targets=target and targets, seen=set())
         yield from checked(rows, problems, make)
 
 # %% ../../nbs/data/25_quizzes.ipynb #2297641a
@@ -176,13 +179,14 @@ def nlvr2_pictures(
         raise ValueError(f'identifier {identifier!r:.60} is not split-set-pair-sentence')
     return f'{pair}-img0.png', f'{pair}-img1.png'
 
-# %% ../../nbs/data/25_quizzes.ipynb #20c34711
+# %% ../../nbs/data/25_quizzes.ipynb #f5a52125
 def statement(pair: list, sentence: str, label) -> dict:
     "A record of two pictures and a sentence; raises ValueError if the label is neither true nor false"
     truth = TRUTH.get(str(label).lower())
     if truth is None: raise ValueError(f'label is {label!r:.40}, neither True nor False')
     return dict(pair=pair, text=texts(sentence, 'sentence')[0], label=truth)
 
+# %% ../../nbs/data/25_quizzes.ipynb #ceb2ec5a
 def read_nlvr2(folder, split: str, problems: Problems) -> Iterator[dict]:
     "NLVR2: the official train.json, dev.json, test1.json, or SIMLA's nlvr_*.json with `images`"
     tag, seen = dict(valid='dev', test='test1').get(split, split), set()
