@@ -226,11 +226,11 @@ def states(level, split, n):
 
 @pytest.mark.parametrize('level', ['one', 'pair', 'few'])
 def test_one_frame_alone_does_not_tell_but_all_do(level):
-    train, test = states(level, 'train', 16_000), states(level, 'valid', 16_000)
+    train, test = states(level, 'train', 12_000), states(level, 'valid', 12_000)
     for kind in sorted(set(test[3])):
         def accuracy(frames):
             rows = [(torch.cat([t[:, frames].flatten(1), w], 1)[k == kind].numpy(), y[k == kind]) for t, w, y, k in (train, test)]
-            model = HistGradientBoostingClassifier(max_iter=30, max_leaf_nodes=15, early_stopping=False, random_state=0).fit(*rows[0])
+            model = HistGradientBoostingClassifier(max_iter=20, max_leaf_nodes=15, early_stopping=False, random_state=0).fit(*rows[0])
             return model.score(*rows[1]), len(rows[1][1]), len(set(rows[1][1]))
         for frame in (0, 4, 7):
             right, n, answers = accuracy([frame])

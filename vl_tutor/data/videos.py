@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['uniform_frames', 'perceiver_frames', 'evaluation_frames', 'training_starts', 'training_frames', 'Limits', 'VideoInfo',
            'video_kind', 'chunk_length', 'said_length', 'pyav', 'video_file', 'check_container', 'one_sentence',
-           'video_stream', 'packets', 'survey', 'video_info', 'decode', 'pick', 'read_video', 'as_tensor', 'fewer',
+           'video_stream', 'packets', 'survey', 'video_info', 'decode', 'pick', 'as_tensor', 'fewer', 'read_video',
            'VideoFrames']
 
 # %% ../../nbs/data/27_videos.ipynb #0e7aa806
@@ -136,12 +136,13 @@ def said_length(
         at += step
     return at
 
-# %% ../../nbs/data/27_videos.ipynb #66b71e76
+# %% ../../nbs/data/27_videos.ipynb #46272aaf
 def pyav():
-    "PyAV, or one sentence that says how to get it"
+    "PyAV 17 or newer, or one sentence that says how to get it"
+    how = "reading videos needs PyAV 17: pip install 'vl-tutor[video]'"
     try: import av
-    except ImportError as error:
-        raise ValueError("reading videos needs PyAV: pip install 'vl-tutor[video]'") from error
+    except ImportError as error: raise ValueError(how) from error
+    if int(av.__version__.split('.')[0]) < 17: raise ValueError(f'{how}; here is {av.__version__}')
     return av
 
 def video_file(source, name: str):
@@ -176,7 +177,7 @@ def one_sentence(name: str, what: str):
         if type(error) is ValueError: raise                # ours; FFmpeg's own are subclasses
         raise ValueError(f'{name} is damaged: {what}') from error
 
-# %% ../../nbs/data/27_videos.ipynb #71690c06
+# %% ../../nbs/data/27_videos.ipynb #a620924f
 @contextmanager
 def video_stream(file, kind: str, name: str):
     "Open the first video track of a checked file; raises ValueError if there is none"
@@ -189,6 +190,7 @@ def video_stream(file, kind: str, name: str):
             raise ValueError(f'{name} holds no video' + (', only sound' if container.streams.audio else ''))
         if container.streams.video[0].codec_context is None:
             raise ValueError(f'{name} is of a kind that PyAV cannot decode')
+        container.streams.video[0].codec_context.thread_count = 1                # workers share the cores
         yield container, container.streams.video[0]
 
 # %% ../../nbs/data/27_videos.ipynb #61e06a90
@@ -238,7 +240,7 @@ def video_info(
         with video_stream(file, check_container(file, name), name) as (container, stream):
             return survey(container, stream, limits, name)
 
-# %% ../../nbs/data/27_videos.ipynb #ae2970d7
+# %% ../../nbs/data/27_videos.ipynb #44c2f378
 def decode(
     container, stream,     # as `video_stream` opens them
     wanted: set[int],      # numbers of the frames to keep
@@ -248,8 +250,9 @@ def decode(
     last = max(wanted)
     with one_sentence(name, 'a frame cannot be decoded'):
         for k, frame in enumerate(container.decode(stream)):
-            if k in wanted: yield k, np.rot90(frame.to_ndarray(format='rgb24'), round(frame.rotation/90))
-            if k >= last: return
+            if k not in wanted: continue
+            yield k, np.rot90(frame.to_ndarray(format='rgb24', threads=1), round(frame.rotation/90))
+            if k == last: return
 
 # %% ../../nbs/data/27_videos.ipynb #60c8eeae
 def pick(
@@ -266,6 +269,20 @@ def pick(
     if (need := 3*len(found)*(size*size if size else info.width*info.height)) > limits.memory:
         raise ValueError(f'{name}: {len(found)} frames need {need/1e9:.1f} GB: take fewer, or give a size')
     return found
+
+# %% ../../nbs/data/27_videos.ipynb #bfaeb07d
+def as_tensor(pixels: np.ndarray, size: int|None, picture: Callable|None) -> Tensor:
+    "One frame as a picture would be: squeezed to a square, through a transform, or as it is"
+    from PIL import Image
+    if picture is not None: return picture(Image.fromarray(np.ascontiguousarray(pixels)))
+    if size is not None: return square_pixels(Image.fromarray(np.ascontiguousarray(pixels)), size)
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())                   # (h w 3) → (3 h w)
+
+def fewer(info: VideoInfo, file, kind: str, name: str) -> VideoInfo:
+    "The same video with the frames that really come out: some packets (VP8) are never shown"
+    with video_stream(file, kind, name) as (container, stream):
+        with one_sentence(name, 'a frame cannot be decoded'): n = sum(1 for _ in container.decode(stream))
+    return replace(info, times=info.times[:n])
 
 # %% ../../nbs/data/27_videos.ipynb #80edccad
 def read_video(
@@ -291,20 +308,6 @@ def read_video(
             if len(frames) == len(set(found)): return torch.stack([frames[k] for k in found])
             if last or not frames: raise ValueError(f'{name} is damaged: it has no frame {max(found)}')
             info = fewer(info, file, kind, name)
-
-# %% ../../nbs/data/27_videos.ipynb #bfaeb07d
-def as_tensor(pixels: np.ndarray, size: int|None, picture: Callable|None) -> Tensor:
-    "One frame as a picture would be: squeezed to a square, through a transform, or as it is"
-    from PIL import Image
-    if picture is not None: return picture(Image.fromarray(np.ascontiguousarray(pixels)))
-    if size is not None: return square_pixels(Image.fromarray(np.ascontiguousarray(pixels)), size)
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())                   # (h w 3) → (3 h w)
-
-def fewer(info: VideoInfo, file, kind: str, name: str) -> VideoInfo:
-    "The same video with the frames that really come out: some packets (VP8) are never shown"
-    with video_stream(file, kind, name) as (container, stream):
-        with one_sentence(name, 'a frame cannot be decoded'): n = sum(1 for _ in container.decode(stream))
-    return replace(info, times=info.times[:n])
 
 # %% ../../nbs/data/27_videos.ipynb #0e9f057d
 class VideoFrames:

@@ -184,7 +184,7 @@ def labelled(folder, classes: dict, label: str, name: str, places) -> dict:
     video = find_video(folder, name, places)
     return dict(video=video, label=number, class_name=label.replace('_', ' '), video_id=name)
 
-# %% ../../nbs/data/27_watchlists.ipynb #2284a320
+# %% ../../nbs/data/27_watchlists.ipynb #f0c8c720
 def kinetics_database(folder, file, split: str, problems: Problems):
     "`database` of names with subset and label, videos in folders by class (Uni-Perceiver, Moments in Time)"
     found, subset = read_json(file, dict), dict(train='training', valid='validation', test='testing')[split]
@@ -201,6 +201,7 @@ def kinetics_database(folder, file, split: str, problems: Problems):
         yield labelled(folder, classes, label, row[0], places)
     yield from checked(entries(file, rows), problems, make)
 
+# %% ../../nbs/data/27_watchlists.ipynb #f3caa24d
 def kinetics_csv(folder, file, split: str, problems: Problems):
     "`label,youtube_id,time_start,time_end,split` as Kinetics was published"
     train = next(iter(sorted(Path(file).parent.glob('*train.csv'))), file)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'MEANS', 'JOINS', 'CHOICES', 'STANDARD', 'STANDS', 'YES', 'NUMBERS', 'SPEEDS', 'ASKED', 'stories',
-           'one_story', 'wording', 'say', 'clip_captions', 'watch_ref', 'answer_ref', 'order_ref', 'name_of', 'ask',
-           'ask_order', 'ClipTask', 'ClipCaptionTask', 'ClipQuestionTask', 'ClipLabelTask', 'clip_words']
+           'one_story', 'wording', 'say', 'clip_captions', 'watch_ref', 'name_of', 'ask', 'ask_order', 'answer_ref',
+           'order_ref', 'ClipTask', 'ClipCaptionTask', 'ClipQuestionTask', 'ClipLabelTask', 'clip_words']
 
 # %% ../../nbs/world/16_clips.ipynb #2514215c
 from functools import lru_cache
@@ -89,7 +89,7 @@ def clip_captions(
     ways = bits(clips.code, 290).tolist() if style == 'paraphrase' else [0]*len(clips)
     return [say(story, way) for story, way in zip(stories(clips), ways)]
 
-# %% ../../nbs/world/16_clips.ipynb #08f430c3
+# %% ../../nbs/world/16_clips.ipynb #d9e571b9
 def watch_ref(
     clips: Clips,
     i: int=0,         # which of them
@@ -108,33 +108,7 @@ def watch_ref(
         found.append(seen)
     return found
 
-def answer_ref(
-    question: str,
-    seen: list[dict],    # as `watch_ref` saw it
-    side: int=48,        # of the frames, pixels
-) -> str:
-    "Answer by looking: the twin of `ask`"
-    words = question.split()
-    named = [o for w, v in zip(words, words[1:] + ['']) for o in seen
-             if o['kind'] == v and o['colours'][0] == w or w == 'the' and o['kind'] == v]
-    moving = [o for o in seen if o['steps']]
-    if words[:2] == ['how', 'many']: return NUMBERS[len(moving)]
-    if words[0] == 'which': return ' '.join(order_ref(named, words[2]))
-    one = named[0]
-    if 'change' in words: return YES[len(set(one['colours' if 'colour' in words else 'sizes'])) == 1]
-    if 'before' in words: return ('after', 'before')[named[0]['steps'][0] < named[1]['steps'][0]]
-    if words[-2] == 'move': return YES[not one['steps']]
-    frames = 1 + max(f for o in seen for f in o['frames'])
-    if 'slowly' in words: return ('slowly', 'quickly')[abs(one['steps'][0][2])*(frames - 1) > 15*side/48]
-    return DIRECTIONS[one['steps'][0][1]][one['steps'][0][2] > 0]
-
-def order_ref(named: list[dict], which: str) -> tuple[str, str]:
-    "Colour and kind of the one that starts first or last"
-    ends = sorted(named, key=lambda o: o['steps'][0])
-    one = ends[0 if which == 'first' else -1]
-    return one['colours'][0], one['kind']
-
-# %% ../../nbs/world/16_clips.ipynb #c08f97e9
+# %% ../../nbs/world/16_clips.ipynb #db05b902
 YES, NUMBERS, SPEEDS = ('yes', 'no'), DIGITS[:4], ('slowly', 'quickly')
 ASKED = dict(moves='move', colour='change colour', size='change size')
 
@@ -168,6 +142,7 @@ def ask(
         text, answer, options = f'does the {name} {ASKED[topic]} ?', YES[not true], YES
     return dict(question=text, answer=answer, options=list(options), kind=topic)
 
+# %% ../../nbs/world/16_clips.ipynb #940d2c6b
 def ask_order(story: dict, topic: str, pair, last: int) -> tuple:
     "Who moves first, or last; or whether one moves before the other"
     start = {m[1]: m[0] for m in story['moves']}
@@ -178,6 +153,33 @@ def ask_order(story: dict, topic: str, pair, last: int) -> tuple:
         return text, ('after', 'before')[early], ('before', 'after')
     which = ('first', 'last')[last]
     return f'which moves {which} , the {one} or the {two} ?', (one, two)[early == last], (one, two)
+
+# %% ../../nbs/world/16_clips.ipynb #8c185459
+def answer_ref(
+    question: str,
+    seen: list[dict],    # as `watch_ref` saw it
+    side: int=48,        # of the frames, pixels
+) -> str:
+    "Answer by looking: the twin of `ask`"
+    words = question.split()
+    named = [o for w, v in zip(words, words[1:] + ['']) for o in seen
+             if o['kind'] == v and o['colours'][0] == w or w == 'the' and o['kind'] == v]
+    moving = [o for o in seen if o['steps']]
+    if words[:2] == ['how', 'many']: return NUMBERS[len(moving)]
+    if words[0] == 'which': return ' '.join(order_ref(named, words[2]))
+    one = named[0]
+    if 'change' in words: return YES[len(set(one['colours' if 'colour' in words else 'sizes'])) == 1]
+    if 'before' in words: return ('after', 'before')[named[0]['steps'][0] < named[1]['steps'][0]]
+    if words[-2] == 'move': return YES[not one['steps']]
+    frames = 1 + max(f for o in seen for f in o['frames'])
+    if 'slowly' in words: return ('slowly', 'quickly')[abs(one['steps'][0][2])*(frames - 1) > 15*side/48]
+    return DIRECTIONS[one['steps'][0][1]][one['steps'][0][2] > 0]
+
+def order_ref(named: list[dict], which: str) -> tuple[str, str]:
+    "Colour and kind of the one that starts first or last"
+    ends = sorted(named, key=lambda o: o['steps'][0])
+    one = ends[0 if which == 'first' else -1]
+    return one['colours'][0], one['kind']
 
 # %% ../../nbs/world/16_clips.ipynb #512b3e19
 class ClipTask(WorldTask):
