@@ -108,13 +108,14 @@ def score_of(
     "The accuracy of an answer that `count` of ten annotators gave"
     return SCORES[min(count, 4)]
 
-# %% ../../nbs/data/25_answers.ipynb #37e28bc7
+# %% ../../nbs/data/25_answers.ipynb #92ddbe0a
 def answer_vocabulary(
     majority: Iterable[str],      # the majority answer of each question, training before validation
     least: int=9,                 # times an answer must be seen
 ) -> list[str]:                   # in the order in which they are first seen
     "The answers that a classifier can give: 3,129 of VQAv2 (Kim et al. 2021)"
-    counts = Counter(normalise_answer(a) for a in majority)
+    counts = Counter()
+    for typed, n in Counter(majority).items(): counts[normalise_answer(typed)] += n
     return [answer for answer, n in counts.items() if n >= least]
 
 # %% ../../nbs/data/25_answers.ipynb #48366d2b
@@ -177,7 +178,7 @@ def gathered(
         except ValueError as error: problems(where, str(error))
     return found
 
-# %% ../../nbs/data/25_answers.ipynb #6ce49c96
+# %% ../../nbs/data/25_answers.ipynb #60cee0d6
 VQA_PARTS = {'train': 'train2014', 'val': 'val2014', 'trainable_val': 'val2014', 'rest_val': 'val2014',
              'test': 'test2015', 'test-dev': 'test-dev2015'}
 
@@ -185,7 +186,9 @@ def vqa_note(row: dict) -> tuple:
     "Of one annotation: picture, majority answer, all answers, kind of answer"
     image_id, majority, answers = need(row, image_id=int, multiple_choice_answer=str, answers=list)
     if not answers: raise ValueError('answers is an empty list')
-    return image_id, majority, [need(a, answer=str)[0] for a in answers], row.get('answer_type', 'other')
+    said = [a.get('answer') if isinstance(a, dict) else None for a in answers]
+    if not all(isinstance(a, str) for a in said): said = [need(a, answer=str)[0] for a in answers]   # raises
+    return image_id, majority, said, row.get('answer_type', 'other')
 
 def vqa_notes(folder, part: str, problems: Problems) -> dict[int, tuple]:
     "All annotations of one part, such as train2014, by their question"
