@@ -8,20 +8,22 @@ __all__ = ['ABOUT', 'app', 'DECODINGS', 'Json', 'Weights', 'Vision', 'Language',
            'decoding_options', 'writable', 'open_tool', 'caption', 'open_pictures', 'draw_maps', 'evaluate', 'train',
            'finetune', 'demo', 'must_be_free', 'convert']
 
-# %% ../../nbs/demos/69_command_line.ipynb #19ee08c5
+# %% ../../nbs/demos/69_command_line.ipynb #35d22dd0
 import json, sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 import typer
+from .data_commands import data_app
 from .jobs import PARTS, presets, read_sizes, run_folder, start, steps
 from .jobs import to_file, to_folder, waiting, watched
 
-# %% ../../nbs/demos/69_command_line.ipynb #c16842c9
+# %% ../../nbs/demos/69_command_line.ipynb #3d0996e3
 ABOUT = """Caption pictures with a small model whose every part you can read, and train your own.
 
 [bold]Exit codes[/]: 0 done; 1 stopped half way; 2 the request was wrong: one sentence says how."""
 app = typer.Typer(help=ABOUT, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False)
+app.add_typer(data_app, name='data')
 
 def opt(
     kind: type,    # of the value
