@@ -7,7 +7,7 @@ __all__ = ['TASK_VERSION', 'ROOM', 'HOMES', 'TASKS', 'things', 'WorldTask', 'sam
            'CaptionTask', 'ParaphraseTask', 'find_scenes', 'leader', 'LabelTask', 'Register', 'make_task', 'task_words',
            'task_tokenizer', 'features', 'TextOnly', 'as_list', 'majority']
 
-# %% ../../nbs/world/12_tasks.ipynb #f9786d86
+# %% ../../nbs/world/12_tasks.ipynb #ad11facc
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from torch import Tensor
 from .dice import GOLDEN, bits, mix, stream_key
 from .drawing import COLOURS, DIGITS, KINDS, SHAPES, SIZES, TEXTURES, Scenes, object_boxes
 from .language import SYNONYMS, TEMPLATES, listing, phrase, structure, world_words
-from .scenes import World
+from .scenes import LEVELS, World, choose_things
 
 # %% ../../nbs/world/12_tasks.ipynb #b5c712ed
 def things(
@@ -153,39 +153,38 @@ class ParaphraseTask(CaptionTask):
     "The same scenes in other words: never the canonical caption"
     name, canonical = 'paraphrase', False
 
-# %% ../../nbs/world/12_tasks.ipynb #2690f4ba
+# %% ../../nbs/world/12_tasks.ipynb #e9129438
 ROOM = 4096   # scene numbers that belong to one sample
 
 def find_scenes(
     world: World,
     indices,            # of the samples `(b)`
-    good,               # scenes `(n)` → which of them will do, bool `(n)`
-    tries: int=4,       # scenes looked at together
+    good,               # what `choose_things` gives, `(n o)` each → which scenes will do, bool `(n)`
+    tries: int=8,       # scenes looked at together; the result is the same for any number
 ) -> Tensor:            # scene numbers `(b)`
     "For each sample the first of its own scenes that will do"
     index = torch.as_tensor(indices, dtype=torch.long)
     number, todo = index*ROOM, torch.arange(len(index))
     for start in range(0, ROOM, tries):
         look = index[todo, None]*ROOM + start + torch.arange(tries)
-        ok = good(world.scenes(look.flatten())).view(-1, tries)
+        code = mix(look.flatten()*GOLDEN + world.key)
+        ok = good(choose_things(code, LEVELS[world.level], world.split, world.skin)).view(-1, tries)
         number[todo] = look.gather(1, ok.int().argmax(1, keepdim=True))[:, 0]
         todo = todo[~ok.any(1)]
         if not len(todo): return number
     raise ValueError(f'{len(todo)} of {len(index)} samples found no scene that will do in {world}')
 
-# %% ../../nbs/world/12_tasks.ipynb #c69ca6f3
+# %% ../../nbs/world/12_tasks.ipynb #cfc2976a
 def leader(
-    scenes: Scenes,
-    margin: float=1.2,         # the largest is so many times as large as the next
-) -> tuple[Tensor, Tensor]:    # which object is the largest `(b)`, and whether it is so clearly `(b)`
-    "The one thing that a picture shows above all"
-    r = torch.where(scenes.present, scenes.r, 0.)
-    if r.shape[1] == 1: return torch.zeros_like(scenes.code), scenes.present[:, 0]
-    top = r.topk(2, 1)
-    return top.indices[:, 0], top.values[:, 0] > margin*top.values[:, 1]
+    size: Tensor,              # 0 small, 1 large `(b o)`
+    present: Tensor,           # which objects are there `(b o)`
+) -> tuple[Tensor, Tensor]:    # which object stands out `(b)`, and whether one does `(b)`
+    "The only large thing, or the only thing"
+    large = (size == 1) & present | (present.sum(1, keepdim=True) == 1) & present
+    return large.int().argmax(1), large.sum(1) == 1
 
 class LabelTask(WorldTask):
-    "The class of each picture: the kind of its largest thing, as an ImageNet folder has it"
+    "The class of each picture: the kind of the thing that stands out, as an ImageNet folder has it"
     name, fields = 'label', ('image', 'label', 'class_name')
 
     def __init__(self, *args,
@@ -200,8 +199,9 @@ class LabelTask(WorldTask):
 
     def texts(self, indices) -> dict:
         "label `(b)`, an index of `classes`; class_name; scenes"
-        scenes = self.world.scenes(find_scenes(self.world, indices, lambda s: leader(s)[1]))
-        who = leader(scenes)[0][:, None]
+        good = lambda found: leader(found['size'], found['present'])[1]
+        scenes = self.world.scenes(find_scenes(self.world, indices, good))
+        who = leader(scenes.size, scenes.present)[0][:, None]
         kinds, colours = ([w[v] for v in getattr(scenes, k).gather(1, who)[:, 0].tolist()]
                           for k, w in (('kind', KINDS), ('colour', COLOURS)))
         names = dict(kind=kinds, colour=colours, both=[f'{c} {k}' for c, k in zip(colours, kinds)])[self.of]
