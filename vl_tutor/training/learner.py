@@ -26,8 +26,8 @@ with warnings.catch_warnings():   # fastai's own imports warn about pandas and t
     from fastai.learner import Learner, Metric
     from fastai.optimizer import OptimWrapper
 
-# %% ../../nbs/training/31_learner.ipynb #adc339e8
-_all_ = ['Checkpoints', 'StepLog', 'collate']   # they have notebooks of their own, 36 and data/21; offered here too
+# %% ../../nbs/training/31_learner.ipynb #92f1af0b
+_all_ = ['Checkpoints', 'StepLog', 'collate']   # from chapters of their own, 36 and data/21
 
 # %% ../../nbs/training/31_learner.ipynb #2ba55ab8
 class Table:
