@@ -16,14 +16,15 @@ from .dice import bits, uniform
 from .drawing import COLOURS, TEXTURES, Scenes, object_boxes, paint
 from .scenes import HELD_OUT, Level, choose_kinds
 
-# %% ../../nbs/world/16_action.ipynb #76f42937
+# %% ../../nbs/world/16_action.ipynb #1ef1ad77
 def along_road(
-    place: Tensor,    # any distance from the left or top `(b t o)`
+    place: Tensor,    # from the left or top, less than once round off the road `(b t o)`
     road: Tensor,     # first place and length `(b 2)`
 ) -> Tensor:          # the place on the ring
     "Whoever leaves the road at one end goes on from the other"
     low, length = road[:, None, None].unbind(-1)
-    return low + (place - low) % length
+    gone = place - low
+    return low + torch.where(gone < 0, gone + length, torch.where(gone >= length, gone - length, gone))
 
 # %% ../../nbs/world/16_action.ipynb #383b32a8
 CLIP_LEVELS = dict(one=Level((1, 1), (2, 2)), pair=Level((2, 2), (3, 3)),
