@@ -113,6 +113,11 @@ def nlvr2_test(f):
     write(f, 'test1.json', lines([dict(identifier=n.replace('dev', 'test1'), sentence=s, label=str(t)) for n, s, t in PAIRS]))
 
 
+def nlvr2_balanced(f):
+    for name, *_ in PAIRS: both(f, *(f'dev/{p}' for p in nlvr2_pictures(name)))
+    write(f, 'nlvr2/data/balanced/balanced_dev.json', lines([dict(identifier=n, sentence=s, label=str(t)) for n, s, t in PAIRS]))
+
+
 def nlvr2_simla(f):
     both(f, 'train/7a.png', 'train/7b.png')
     both(f, 'train/9a.png', 'train/9b.png')
@@ -158,7 +163,7 @@ def grounding(f):
 LAYOUTS = [(vqav2, 'vqav2', 'train'), (vqav2_val, 'vqav2', 'val'), (vqav2_val, 'vqav2', 'rest_val'), (vqav2_test, 'vqav2', 'test'), (vqav2_test_dev, 'vqav2', 'test-dev'),
            (lxmert, 'lxmert_vqa', 'train'), (simla_vqa, 'simla_vqa', 'train'), (simla_vqa_valid, 'simla_vqa', 'valid'), (vg_qa, 'vg_qa', 'train'),
            (uni_vqa, 'uni_perceiver_vqa', 'train'), (nlvr2, 'nlvr2', 'valid'), (nlvr2_train, 'nlvr2', 'train'), (nlvr2_test, 'nlvr2', 'test'),
-           (nlvr2_simla, 'nlvr2', 'train'), (snli_ve, 'snli_ve', 'valid'), (snli_simla, 'snli_ve', 'train'), (refcoco, 'refcoco', 'val'),
+           (nlvr2_balanced, 'nlvr2', 'balanced_dev'), (nlvr2_simla, 'nlvr2', 'train'), (snli_ve, 'snli_ve', 'valid'), (snli_simla, 'snli_ve', 'train'), (refcoco, 'refcoco', 'val'),
            (refcoco_plus, 'refcoco+', 'test'), (refcocog, 'refcocog', 'val'), (grounding, 'simla_grounding', 'val')]
 TASK = dict(nlvr2='pair', snli_ve='entailment', refcoco='expression', refcocog='expression', simla_grounding='expression') | {'refcoco+': 'expression'}
 every = pytest.mark.parametrize('layout, format, split', LAYOUTS, ids=lambda x: getattr(x, '__name__', x))
@@ -269,7 +274,7 @@ def test_truncated_list(layout, format, split, tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError) as caught: read(tmp_path, format, split)
     assert file.name in str(caught.value) and '\n' not in str(caught.value)
-    if file.suffix == '.jsonl' or layout in (nlvr2, nlvr2_train, nlvr2_test):
+    if file.suffix == '.jsonl' or layout in (nlvr2, nlvr2_train, nlvr2_test, nlvr2_balanced):
         data = read(tmp_path, format, split, on_error='skip')
         assert len(data) == 1 and data.problems.count == 1 and 'line 2' in data.problems.first[0]
 
@@ -305,7 +310,7 @@ def test_no_pickle(layout=refcoco, format='refcoco', split='val', tmp_path=None)
 def test_fields_that_are_missing_or_wrong(layout, format, split, change, tmp_path):
     layout(tmp_path)
     file, wrong = annotation(tmp_path), 0
-    is_lines = file.suffix == '.jsonl' or layout in (nlvr2, nlvr2_train, nlvr2_test)
+    is_lines = file.suffix == '.jsonl' or layout in (nlvr2, nlvr2_train, nlvr2_test, nlvr2_balanced)
     pickles = file.suffix == '.p'
     whole = pickle.loads(file.read_bytes()) if pickles else [json.loads(x) for x in file.read_text().splitlines()] if is_lines else json.loads(file.read_text())
     rows = whole.get('questions') if isinstance(whole, dict) else whole
@@ -333,7 +338,7 @@ def test_twice(layout, format, split, tmp_path):
     if file.suffix == '.p':
         rows = pickle.loads(file.read_bytes())
         file.write_bytes(pickle.dumps(rows + rows[1:], 2))
-    elif file.suffix == '.jsonl' or layout in (nlvr2, nlvr2_train, nlvr2_test): file.write_text(file.read_text() + file.read_text().splitlines()[-1])
+    elif file.suffix == '.jsonl' or layout in (nlvr2, nlvr2_train, nlvr2_test, nlvr2_balanced): file.write_text(file.read_text() + file.read_text().splitlines()[-1])
     else:
         whole = json.loads(file.read_text())
         rows = whole['questions'] if isinstance(whole, dict) else whole

@@ -141,8 +141,8 @@ def soft_targets(
             if name in index: row[index[name]] = value
     return out
 
-# %% ../../nbs/data/25_answers.ipynb #42887aa6
-LISTS = ('', 'annotations/', 'questions/', 'data/', 'VQA/', 'vqa/')          # where lists may lie
+# %% ../../nbs/data/25_answers.ipynb #66aec18a
+LISTS = ('', 'annotations/', 'questions/', 'data/', 'VQA/', 'vqa/', 'nlvr2/data/')      # where lists may lie
 COCO = ('', 'images/', 'coco/', 'mscoco_dataset/coco_origin/', 'images/mscoco/images/')
 
 def list_file(folder, *names: str) -> Path:
