@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TextTokens', 'caption_places', 'FrameTokens', 'resize_time', 'Fused', 'fuse', 'Modalities', 'attribute_bits']
 
-# %% ../../nbs/primitives/07_modalities.ipynb #ac6e37ba
+# %% ../../nbs/primitives/07_modalities.ipynb #30741ca6
 from itertools import accumulate
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from einops import rearrange
+from fastcore.basics import patch
 from torch import Tensor, nn
 from .patches import PatchEmbed, fold_frames, unfold_frames
 from .positions import sincos_2d
@@ -54,7 +55,7 @@ def caption_places(
     if n % 2: raise ValueError(f'words and queries come in pairs, but there are {n} ids')
     return torch.arange(n//2).repeat(2)
 
-# %% ../../nbs/primitives/07_modalities.ipynb #a6214dd9
+# %% ../../nbs/primitives/07_modalities.ipynb #accd5ce3
 class FrameTokens(nn.Module):
     "Uni-Perceiver's pictures and clips: LN(patch + time + place), frame by frame"
     def __init__(
@@ -71,16 +72,11 @@ class FrameTokens(nn.Module):
     ):
         super().__init__()
         self.patches = PatchEmbed(image_size, patch, dim)
-        self.place = nn.Parameter(sincos_2d(*self.patches.grid, dim, first='row', scale=scale), requires_grad=False)
+        counted = sincos_2d(*self.patches.grid, dim, first='row', scale=scale)
+        self.place = nn.Parameter(counted, requires_grad=False)
         self.time, self.kind = nn.Embedding(frames, dim), nn.Embedding(1, dim)
         self.norm, self.place_first, self.typed = norm or nn.LayerNorm(dim), place_first, typed
         for table in (self.time, self.kind): nn.init.normal_(table.weight, std=.02)
-
-    def offset(self, t: int, generator=None) -> int:
-        "The row of the first frame: drawn in training, 0 in evaluation; raises ValueError for long clips"
-        room = self.time.num_embeddings - t
-        if room < 0: raise ValueError(f'{t} frames asked for, but the table has {self.time.num_embeddings} rows')
-        return int(torch.randint(room + 1, (), generator=generator)) if self.training else 0
 
     def forward(
         self,
@@ -92,14 +88,27 @@ class FrameTokens(nn.Module):
         "One token per patch and frame"
         clip = frames if frames.ndim == 5 else frames[:, None]
         t = clip.shape[1]
-        start = self.offset(t, generator) if offset is None else offset
-        if not 0 <= start <= self.time.num_embeddings - t:
-            raise ValueError(f'{t} frames from row {start} on, but the table has {self.time.num_embeddings} rows')
+        start = self.offset(t, generator, offset)
         tokens = unfold_frames(self.patches(fold_frames(clip)), t)                         # (b t p d)
         rows = self.time.weight[start:start + t, None] + self.place                        # (t 1 d) + (p d)
         if self.typed: tokens = tokens + self.kind.weight[0]
         tokens = self.norm(tokens + rows) if self.place_first else self.norm(tokens) + rows
         return rearrange(tokens, 'b t p d -> b (t p) d')
+
+# %% ../../nbs/primitives/07_modalities.ipynb #77365fa3
+@patch
+def offset(
+    self: FrameTokens,
+    t: int,               # frames in the clip
+    generator=None,       # torch.Generator for the draw
+    at: int|None=None,    # the row, if it is not to be drawn
+) -> int:
+    "The row of the first frame: drawn in training, 0 in evaluation; raises ValueError beyond the table"
+    room = (rows := self.time.num_embeddings) - t
+    if room < 0: raise ValueError(f'{t} frames asked for, but the table has {rows} rows')
+    if at is None: at = int(torch.randint(room + 1, (), generator=generator)) if self.training else 0
+    if not 0 <= at <= room: raise ValueError(f'{t} frames from row {at} on, but the table has {rows} rows')
+    return at
 
 # %% ../../nbs/primitives/07_modalities.ipynb #c4573006
 def resize_time(
@@ -123,7 +132,7 @@ class Fused(NamedTuple):
         "Where each segment ends"
         return list(accumulate(self.lengths))
 
-# %% ../../nbs/primitives/07_modalities.ipynb #bec5a133
+# %% ../../nbs/primitives/07_modalities.ipynb #53adad0d
 def fuse(
     *segments: Tensor,       # `(b n d)` each; `(1 n d)` counts for all
     keeps=None,              # per segment, True where real `(b n)`, or None
@@ -131,13 +140,15 @@ def fuse(
     "Put segments one behind the other; raises ValueError if batch or width differ"
     keeps = keeps or [None]*len(segments)
     b, sizes = max(len(s) for s in segments), [tuple(s.shape) for s in segments]
-    if len({s[-1] for s in sizes}) > 1 or {s[0] for s in sizes} - {1, b}: raise ValueError(f'segments do not fit together: {sizes}')
+    if len({s[-1] for s in sizes}) > 1 or {s[0] for s in sizes} - {1, b}:
+        raise ValueError(f'segments do not fit together: {sizes}')
     if len(keeps) != len(segments): raise ValueError(f'{len(segments)} segments, but {len(keeps)} masks')
-    masks = [s.new_ones(b, s.shape[1], dtype=torch.bool) if k is None else k.bool() for s, k in zip(segments, keeps)]
+    every = lambda s: s.new_ones(b, s.shape[1], dtype=torch.bool)
+    masks = [every(s) if k is None else k.bool() for s, k in zip(segments, keeps)]
     wide = [s.expand(b, -1, -1) for s in segments]
     return Fused(torch.cat(wide, 1), torch.cat(masks, 1), tuple(s.shape[1] for s in segments))
 
-# %% ../../nbs/primitives/07_modalities.ipynb #1aa3c87f
+# %% ../../nbs/primitives/07_modalities.ipynb #7cad682a
 class Modalities(nn.Module):
     "Uni-Perceiver's two tokenisers, their shared norm, and the marker before every input"
     def __init__(
@@ -162,27 +173,30 @@ class Modalities(nn.Module):
 
     def marker(self) -> Tensor:    # `(1 1 d)`
         "The token before every input"
-        ids = torch.tensor([[self.spe_id if self.marker_word is None else self.marker_word]], device=self.text.word.weight.device)
-        return self.text(ids, plain=self.marker_word is None)
+        old = self.marker_word is None
+        ids = torch.tensor([[self.spe_id if old else self.marker_word]], device=self.text.word.weight.device)
+        return self.text(ids, plain=old)
 
-    def forward(
-        self,
-        frames: Tensor|None=None,     # pictures `(b 3 h w)` or clips `(b t 3 h w)`
-        ids: Tensor|None=None,        # a text `(b n)`
-        *,
-        keep: Tensor|None=None,       # True where the text is real `(b n)`
-        places: Tensor|None=None,     # of the text, as `caption_places`
-        offset: int|None=None,        # row of the first frame
-    ) -> Fused:
-        "Marker, frames, text: whatever is given, in this order"
-        if frames is None and ids is None: raise ValueError('nothing to read: give frames, ids, or both')
-        seen = [] if frames is None else [self.frames(frames, offset=offset)]
-        said = [] if ids is None else [self.text(ids, places)]
-        return fuse(self.marker(), *seen, *said, keeps=[None, *[None]*len(seen), *[keep]*len(said)])
+# %% ../../nbs/primitives/07_modalities.ipynb #5380ff97
+@patch
+def forward(
+    self: Modalities,
+    frames: Tensor|None=None,     # pictures `(b 3 h w)` or clips `(b t 3 h w)`
+    ids: Tensor|None=None,        # a text `(b n)`
+    *,
+    keep: Tensor|None=None,       # True where the text is real `(b n)`
+    places: Tensor|None=None,     # of the text, as `caption_places`
+    offset: int|None=None,        # row of the first frame
+) -> Fused:
+    "Marker, frames, text: whatever is given, in this order"
+    if frames is None and ids is None: raise ValueError('nothing to read: give frames, ids, or both')
+    seen = [] if frames is None else [self.frames(frames, offset=offset)]
+    said = [] if ids is None else [self.text(ids, places)]
+    return fuse(self.marker(), *seen, *said, keeps=[None, *[None]*len(seen), *[keep]*len(said)])
 
-# %% ../../nbs/primitives/07_modalities.ipynb #b4d90dd1
+# %% ../../nbs/primitives/07_modalities.ipynb #12563cee
 def attribute_bits(
-    name: str,             # a task such as image_caption, or a set of targets such as ImageNet1k or QQP-target
+    name: str,             # a task such as image_caption, or a set of targets such as QQP-target
     side: str='input',     # or 'target', for the captions of a retrieval task
 ) -> Tensor:               # uint8 `(1 8)`; `(2 8)` for captioning: pictures, then text
     "Uni-Perceiver-MoE's attributes of a group of tokens (Zhu et al. 2022b); raises ValueError for VQA"

@@ -87,7 +87,7 @@ def clip_text(
     import ftfy
     return ' '.join(unescape(unescape(ftfy.fix_text(text))).split()).lower()
 
-# %% ../../nbs/primitives/06_texts.ipynb #19810918
+# %% ../../nbs/primitives/06_texts.ipynb #2ef6b89f
 def read_merges(
     path,                 # CLIP's bpe_simple_vocab_16e6.txt, plain or .gz
     most: int=48_894,     # pairs used
@@ -98,13 +98,14 @@ def read_merges(
     try:
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as file:
             lines = [line.strip() for line in islice(iter(lambda: file.readline(1000), ''), most + 1)]
-    except (OSError, EOFError, ValueError) as error: raise ValueError(f'{path} cannot be read as text') from error
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f'{path} cannot be read as text') from error
     head = int(bool(lines) and '#version' in lines[0])
     for i, line in enumerate(lines[head:most + head], head + 1):
         if len(line.split(' ')) != 2: raise ValueError(f'{path}, line {i}: {line!r:.60} is no pair')
     return lines[head:most + head]
 
-# %% ../../nbs/primitives/06_texts.ipynb #07e1711b
+# %% ../../nbs/primitives/06_texts.ipynb #08c0c287
 MARKERS = ('<|startoftext|>', '<|endoftext|>', '<|mask|>', '<|gen|>', '<|spe|>')
 WORDS = r"""<\|(?:startoftext|endoftext|gen|spe)\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"""
 
@@ -119,7 +120,8 @@ class ClipPairs(Tokenizer):
         letters, pairs = byte_letters(), [tuple(m.split(' ')) for m in merges]
         self.names = [*letters, *(c + '</w>' for c in letters), *map(''.join, pairs), *MARKERS]
         self.ids = {name: i for i, name in enumerate(self.names)}
-        self.fast, self.merges, self.known = models.BPE(self.ids, pairs, end_of_word_suffix='</w>'), merges, {}
+        self.fast = models.BPE(self.ids, pairs, end_of_word_suffix='</w>')
+        self.merges, self.known = merges, {}      # known: words met before
         self.letter, self.pattern = letter_of_byte(), regex.compile(WORDS)
         self.bos_id, self.eos_id, _, self.gen_id, self.spe_id = (self.ids[m] for m in MARKERS)
         self.pad_id, self.mask_id, self.vocab_size = self.eos_id, self.spe_id, len(self.names)
@@ -192,7 +194,7 @@ def text(self: ClipPairs, ids) -> str:
     "Ids back to text, without the last blank"
     return self.spelled(ids).rstrip(' ')
 
-# %% ../../nbs/primitives/06_texts.ipynb #ef4bfeaa
+# %% ../../nbs/primitives/06_texts.ipynb #7e9c5615
 @patch
 def word_starts(
     self: ClipPairs,
@@ -200,7 +202,8 @@ def word_starts(
 ) -> Tensor:          # bool `(b n)`, False where a piece continues the word before it
     "Where words begin: after the end of another"
     ends = torch.tensor([name.endswith('</w>') or name in MARKERS for name in self.names])[ids]
-    return torch.cat([torch.ones_like(ends[:, :1]), ends[:, :-1]], 1) | torch.isin(ids, torch.tensor(sorted(self.special_ids)))
+    markers = torch.isin(ids, torch.tensor(sorted(self.special_ids)))
+    return torch.cat([torch.ones_like(ends[:, :1]), ends[:, :-1]], 1) | markers
 
 # %% ../../nbs/primitives/06_texts.ipynb #9929c5cb
 def cut_ids(
@@ -219,14 +222,15 @@ def ended_ids(
     "Uni-Perceiver's text: pieces and the end marker"
     return cut_ids([*tokenizer.pieces(text), tokenizer.eos_id], max_len)
 
-# %% ../../nbs/primitives/06_texts.ipynb #d31f9cdf
-PROMPTS = {'SST-2': '0 E it is S . E', 'CoLA': '0 this is S . E', 'RTE': '0 ? E it is S , 1 E', 'QNLI': '0 E it is S , 1 E',
-           'MRPC': '0 . S , 1 E', 'QQP': '0 E S , 1 E', 'MNLI': '0 S , 1 E', 'VQA': '0 S E', 'VQA two ends': '0 E S E'}
+# %% ../../nbs/primitives/06_texts.ipynb #2e4dbe17
+PROMPTS = {'SST-2': '0 E it is S . E', 'CoLA': '0 this is S . E', 'RTE': '0 ? E it is S , 1 E',
+           'QNLI': '0 E it is S , 1 E', 'MRPC': '0 . S , 1 E', 'QQP': '0 E S , 1 E', 'MNLI': '0 S , 1 E',
+           'VQA': '0 S E', 'VQA two ends': '0 E S E'}
 LABELS = {'SST-2': ['bad', 'wonderful'], 'CoLA': ['incorrect', 'correct'], 'MNLI': ['no', 'maybe', 'yes'],
           **{task: ['no', 'yes'] for task in ('RTE', 'MRPC', 'QQP', 'QNLI')}}
 DROPS_STOP = ('RTE', 'MRPC', 'QQP', 'QNLI')      # the first sentence loses its full stop
 
-# %% ../../nbs/primitives/06_texts.ipynb #61a7406f
+# %% ../../nbs/primitives/06_texts.ipynb #80d763ec
 def slot_prompt(
     tokenizer: ClipPairs,      # Uni-Perceiver's
     task: str,                 # a key of PROMPTS; MNLI_Match and the like count as MNLI
@@ -235,15 +239,16 @@ def slot_prompt(
 ) -> tuple[list[int], int]:    # the ids, and the place of the slot
     "GLUE and VQA as a sentence with a slot; raises ValueError for a task or sentences that do not fit"
     task = task if task in PROMPTS else task.split('_')[0]
-    if task not in PROMPTS: raise ValueError(f'no prompt for the task {task!r}, only for {", ".join(PROMPTS)}')
+    if task not in PROMPTS: raise ValueError(f'no prompt for {task!r}, only for {", ".join(PROMPTS)}')
     parts, said = PROMPTS[task].split(' '), [tokenizer.pieces(s) for s in sentences]
-    if len(said) != 1 + ('1' in parts): raise ValueError(f'{task} takes {1 + ("1" in parts)} sentences, not {len(said)}')
+    if len(said) != (n := 1 + ('1' in parts)):
+        raise ValueError(f'{task} takes {n} sentences, not {len(said)}')
     stop = tokenizer.pieces('.')
     if task in DROPS_STOP and said[0][-1:] == stop: said[0] = said[0][:-1]
     marker = dict(S=[tokenizer.spe_id], E=[tokenizer.eos_id])
     cells = [marker.get(p) or (said[int(p)] if p in '01' else tokenizer.pieces(p)) for p in parts]
     while sum(map(len, cells)) > max_len and any(said): max(said, key=len).pop()
-    if sum(map(len, cells)) > max_len: raise ValueError(f'max_len={max_len} has no room for the prompt of {task}')
+    if sum(map(len, cells)) > max_len: raise ValueError(f'max_len={max_len} has no room for {task}')
     return sum(cells, []), sum(map(len, cells[:parts.index('S')]))
 
 # %% ../../nbs/primitives/06_texts.ipynb #32b1efba
@@ -256,10 +261,11 @@ def caption_batch(
     text = torch.cat([words, keep*query_id], 1)                            # (b n), (b n) → (b 2n)
     return dict(text=text, keep=keep.repeat(1, 2), targets=words.masked_fill(~keep, -1))
 
-# %% ../../nbs/primitives/06_texts.ipynb #68b5e1ae
+# %% ../../nbs/primitives/06_texts.ipynb #65cd7b7f
 def retrieval_batch(
     captions: list[list[list[int]]],    # per picture, its captions as ids
 ) -> dict[str, Tensor]:                 # text and keep `(c n)`, owner `(c)`: the picture of each caption
     "All captions of some pictures as one rectangle"
     ids, keep = pad_rows([c for own in captions for c in own], 0)
-    return dict(text=ids, keep=keep, owner=torch.tensor([i for i, own in enumerate(captions) for _ in own], dtype=torch.long))
+    owner = torch.tensor([i for i, own in enumerate(captions) for _ in own], dtype=torch.long)
+    return dict(text=ids, keep=keep, owner=owner)

@@ -20,29 +20,29 @@ def warmup_then_linear(
     if step < warm: return step/warm
     return max(0., (total - step)/max(1, total - warm))
 
-# %% ../../nbs/training/37_schedules.ipynb #acca879f
+# %% ../../nbs/training/37_schedules.ipynb #70680fd0
 def cosine_to_floor(
     floor: float=5e-4,      # lowest rate over highest: 1e-6 / 2e-3 in VLC's ImageNet runs
 ) -> Callable:              # a factor for `Schedule`
     "A straight line from 0, then half a cosine that ends at the floor: VLC on ImageNet"
-    if not 0 <= floor <= 1: raise ValueError(f'the floor is a share of the rate, between 0 and 1, not {floor}')
+    if not 0 <= floor <= 1: raise ValueError(f'the floor is a share of the rate, 0 to 1, not {floor}')
     def factor(step: int, warm: int, total: int) -> float:
         share = warmup_then_cosine(step, warm, total)
         return share if step < warm else floor + (1 - floor)*share
     return factor
 
-# %% ../../nbs/training/37_schedules.ipynb #c117fc73
+# %% ../../nbs/training/37_schedules.ipynb #9130f294
 def cosine_above(
     floor: float=1e-3,      # lowest rate over highest: 1e-6 / 1e-3 in Uni-Perceiver's first stage
 ) -> Callable:              # a factor for `Schedule`
     "A straight line from 0, then half a cosine, never below the floor: Uni-Perceiver"
-    if not 0 <= floor <= 1: raise ValueError(f'the floor is a share of the rate, between 0 and 1, not {floor}')
+    if not 0 <= floor <= 1: raise ValueError(f'the floor is a share of the rate, 0 to 1, not {floor}')
     def factor(step: int, warm: int, total: int) -> float:
         share = warmup_then_cosine(step, warm, total)
         return share if step < warm else max(floor, share)
     return factor
 
-# %% ../../nbs/training/37_schedules.ipynb #42a2d4d8
+# %% ../../nbs/training/37_schedules.ipynb #e69674a1
 def simla_table(
     lr: float,              # highest rate
     *,
@@ -50,9 +50,10 @@ def simla_table(
     floor: float=1e-5,      # where the cosine would end
     epochs: int=30,         # in all
     stairs: int=20,         # of warm-up, 100 iterations each
-) -> tuple[list[float], list[float]]:   # the rate of each stair; the rate of each epoch, the first one after its stairs
+) -> tuple[list[float], list[float]]:   # rates of the stairs; of the epochs, the first after its stairs
     "SIMLA's rates: stairs in epoch 0, then one per epoch on half a cosine"
-    if stairs < 1 or epochs < 1: raise ValueError(f'a table needs a stair and an epoch, not {stairs} and {epochs}')
+    if stairs < 1 or epochs < 1:
+        raise ValueError(f'a table needs a stair and an epoch, not {stairs} and {epochs}')
     rise = [low + (lr - low)*k/stairs for k in range(stairs + 1)]
     fall = [floor + (lr - floor)*(1 + math.cos(math.pi*e/epochs))/2 for e in range(epochs)]
     return rise, fall
