@@ -18,7 +18,7 @@ from vl_tutor.world.tasks import (HOMES, TASK_VERSION, TASKS, LabelTask, TextOnl
 
 FILE = Path(__file__).parent/'stored_tasks.json'
 TYPES = dict(image=torch.uint8, pair=torch.uint8, video=torch.uint8, label=torch.long, box=torch.float, proposals=torch.float,
-             caption=str, captions=list, class_name=str, question=str, answer=str, answers=list, scores=list, options=list, kind=str, expression=str, text=str)
+             caption=str, captions=list, class_name=str, question=str, answer=str, answers=list, scores=list, options=list, tracks=torch.float, kind=str, expression=str, text=str)
 settings_stored = ['few/mixed/train/48/1000', 'pair/shapes/train/48/1000', 'crowd/digits/combos/48/60', 'one/mixed/long/48/60', 'few/shapes/backgrounds/64/60']
 names = list(HOMES)
 
