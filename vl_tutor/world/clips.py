@@ -210,10 +210,10 @@ class ClipTask(WorldTask):
         "Every word this task may say"
         return clip_words()
 
-# %% ../../nbs/world/16_clips.ipynb #a60072d3
+# %% ../../nbs/world/16_clips.ipynb #6d6418ea
 class ClipCaptionTask(ClipTask):
     "What happens, in the standard words and in others that are as true"
-    name, fields = 'clip_caption', ('video', 'caption', 'captions', 'tracks')
+    name, fields = 'clip_caption', ('video', 'caption', 'captions')
 
     def texts(self, indices) -> dict:
         "caption; captions: the same and four paraphrases; clips"
@@ -225,8 +225,7 @@ class ClipCaptionTask(ClipTask):
 
 class ClipQuestionTask(ClipTask):
     "Questions about motion that neither their words nor a single frame answer"
-    name = 'clip_question'
-    fields = ('video', 'question', 'answer', 'answers', 'scores', 'options', 'kind', 'tracks')
+    name, fields = 'clip_question', ('video', 'question', 'answer', 'answers', 'scores', 'kind')
 
     def texts(self, indices) -> dict:
         "question, answer, answers, scores, kind; options: the answers that the question offers; clips"
@@ -238,7 +237,7 @@ class ClipQuestionTask(ClipTask):
 
 class ClipLabelTask(ClipTask):
     "Which of ten things one of the objects does"
-    name, fields, classes = 'clip_label', ('video', 'label', 'class_name', 'tracks'), CLIP_CLASSES
+    name, fields, classes = 'clip_label', ('video', 'label', 'class_name'), CLIP_CLASSES
 
     def texts(self, indices) -> dict:
         "label `(b)`, an index of `classes`; class_name; clips"
