@@ -74,6 +74,23 @@ def test_everything_is_said():
     assert words | set(ANSWERS) | {'plain'} == set(question_words()) == set(QuestionTask.vocabulary())
 
 
+@pytest.mark.parametrize('level', ['pair', 'few', 'crowd'])
+def test_extremes_and_relations_are_clear(level):
+    "The leftmost thing leads by three pixels; left, right, above, below are decided by the clearly longer axis"
+    b, seen = QuestionTask(level, 'long').texts(range(3000)), set()
+    for q, row in zip(b['question'], things(b['scenes'])):
+        said = read_question(q)
+        if said['name'] == 'place':
+            at = sorted(t['x' if said['e'] in ('leftmost', 'rightmost') else 'y'] for t in row)
+            assert (at[1] - at[0] if said['e'] in ('leftmost', 'topmost') else at[-1] - at[-2]) > 3 - 1e-4
+        elif said['name'] in FORMS['relate']:
+            p, q = (next(t for t in row if all(t[k] == v for k, v in said[name].items())) for name in 'pq')
+            short, long = sorted((abs(p['x'] - q['x']), abs(p['y'] - q['y'])))
+            assert long > 1.399*short
+        seen.add(said['name'])
+    assert {'place', *FORMS['relate']} <= seen
+
+
 # ---- balance ----
 
 def deviation(answers, groups):

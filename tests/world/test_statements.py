@@ -205,6 +205,15 @@ def test_what_is_seen_is_alike_under_all_labels():
         assert (share - share.mean(0)).abs().max() < .035
 
 
+@pytest.mark.parametrize('level,skin', measured)
+def test_whether_the_claim_fits_what_is_seen_is_a_coin_under_all_labels(level, skin):
+    "Else a reader who ignores which half is spoken of would know more than nothing"
+    b, said, seen = seen_half(EntailmentTask(level, skin=skin), 4000)
+    fits = torch.tensor([holds(c | dict(h=h ^ 1, denied=False), there) for c, there, h in zip(said, seen, b['hidden'].tolist())])
+    denied = torch.tensor([c['denied'] for c in said])
+    for y in range(3): assert abs(fits[b['label'] == y].float().mean() - .5) < .06 and abs(denied[b['label'] == y].float().mean() - .5) < .06
+
+
 def known(task, n, eyes):
     "For each sample what is said, and how many things fit the phrase on the pictures that may be seen"
     b = task.texts(range(n))
