@@ -156,6 +156,7 @@ def test_ragged_pictures_have_a_mask_of_pixels():
 
 def test_what_cannot_be_padded_stays_a_list():
     batch = collate([dict(x=torch.ones(2), y=None, z=1), dict(x=torch.ones(2, 2), y=3, z=None)])
+    assert collate([dict(n=1), dict(n=10**30)])['n'] == [1, 10**30]
     assert [x.ndim for x in batch['x']] == [1, 2] and batch['y'] == [None, 3] and batch['z'] == [1, None]
     assert 'at least one sample' in sentence(collate, [])
     assert 'one sample has the fields a, another a, b' in sentence(collate, [dict(a=1), dict(a=1, b=2)])
@@ -207,7 +208,7 @@ def test_boxes_follow_the_size(tmp_path):
     assert Annotated(records, tmp_path, picture=lambda im: torch.zeros(1))[0]['box'].tolist() == [2, 1, 12, 6]
 
 
-@pytest.mark.parametrize('box', [[5, 5, 5, 9], [5, 9, 9, 5], [20, 0, 30, 5], [-5, 0, 0, 5], [0, 10, 5, 20], [0, 0, float('nan'), 5], [0, 0, float('inf'), 5], [1, 2, 3], [[1, 2, 3]]])
+@pytest.mark.parametrize('box', [[5, 5, 5, 9], [5, 9, 9, 5], [20, 0, 30, 5], [-5, 0, 0, 5], [0, 10, 5, 20], [0, 0, float('nan'), 5], [0, 0, float('inf'), 5], [1, 2, 3], [[1, 2, 3]], 'abcd', None, [1, None, 3, 4], [[1, 2, 3, 4], [1]], [1, 10**400, 3, 4]])
 def test_boxes_that_are_none(box): sentence(check_boxes, box, 20, 10)
 
 

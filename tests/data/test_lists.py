@@ -1,7 +1,7 @@
 "Lists of captions: every published layout gives the same records, and every broken record is named by file and line."
 import json
 import os
-import numpy as np
+import random
 import pytest
 import torch
 from PIL import Image
@@ -414,6 +414,44 @@ def test_simla_paths_lose_their_prefix(tmp_path):
     assert len(read_dataset(tmp_path, 'simla', prefix='/export/share/datasets/', file='cc3m.json')) == 2
     write(tmp_path, 'x_train.json', [dict(image='coco/7.jpg', caption=c, image_id=k) for k, c in enumerate(ONE)])
     fails(tmp_path, 'simla', 'train', 'record 1', 'two image ids')
+
+
+# ---- whatever is in a list, there is a sentence ----
+
+JUNK = [None, True, 5, -1, 1e400, 10**30, 'x', '', [], {}, [[]], [None], {'a': 1}, '../x', ['a', 5], 'a\ud800']
+
+
+def places(found, path=()):
+    "Every place in a JSON document"
+    yield path
+    if isinstance(found, (dict, list)):
+        for key in found if isinstance(found, dict) else range(len(found)): yield from places(found[key], (*path, key))
+
+
+def changed(found, path, junk):
+    "The document with something else in one place"
+    if not path: return junk
+    copy = dict(found) if isinstance(found, dict) else list(found)
+    copy[path[0]] = changed(found[path[0]], path[1:], junk)
+    return copy
+
+
+@every
+def test_anything_anywhere(layout, format, split, tmp_path):
+    "Places of every JSON list, replaced by sixteen kinds of junk: records or a ValueError, never another error"
+    layout(tmp_path)
+    file = annotation(tmp_path)
+    text, by_line = file.read_text(), 'json' not in file.suffix or layout in (cc_uni, flickr_jsonlines)
+    documents = [json.loads(line) for line in text.splitlines()] if layout in (cc_uni, flickr_jsonlines) else [] if by_line else [json.loads(text)]
+    every_one = [(k, path, junk) for k, document in enumerate(documents) for path in places(document) for junk in JUNK]
+    for k, path, junk in random.Random(0).sample(every_one, min(len(every_one), 200)):
+        rows = [*documents[:k], changed(documents[k], path, junk), *documents[k + 1:]]
+        file.write_text(lines(*map(json.dumps, rows)) if by_line else json.dumps(rows[0]))
+        try:
+            data = read_dataset(tmp_path, format, split, size=4, on_error='skip')
+            assert 1 <= len(data) <= 2
+            data.batch(range(len(data)))
+        except ValueError as error: assert '\n' not in str(error) and str(tmp_path) in str(error)
 
 
 # ---- what is asked for must exist ----
