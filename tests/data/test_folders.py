@@ -2,6 +2,7 @@
 import json
 import os
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from vl_tutor.data.annotations import check_dataset, detect_format, read_dataset
 from vl_tutor.data.folders import drawn_split
@@ -216,3 +217,16 @@ def test_no_csv(tmp_path):
     with pytest.raises(ValueError, match='has no CSV file'): read_dataset(tmp_path, 'csv', 'all')
     with pytest.raises(ValueError, match='has no CSV file'): check_dataset(tmp_path, 'csv')
     with pytest.raises(ValueError, match="csv has no split 'holiday', only train, valid, test, all"): read_dataset(tmp_path, 'csv', 'holiday')
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=60), st.lists(st.sampled_from(['image', 'caption', 'label', 'split', 'a.png', 'train', '"', ',', ';', '\n', '\r\n', '\t', ' ', '\0', '7', 'é']), max_size=30).map(lambda p: ''.join(p).encode())))
+def test_any_bytes_are_rows_or_one_sentence(tmp_path, content):
+    picture(tmp_path, 'a.png')
+    for content in (content, b'image,caption\na.png,x\n' + content):
+        write(tmp_path, 'my.csv', content)
+        try: assert len(read_dataset(tmp_path, 'csv', 'all', on_error='skip', size=4)) >= 1
+        except ValueError as error: assert str(tmp_path) in str(error) and len(str(error)) < 700
+        write(tmp_path, 'meta/train.txt', content)
+        try: read_dataset(tmp_path, 'imagenet', on_error='skip')
+        except ValueError as error: assert str(tmp_path) in str(error)
