@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pickle
+import resource
 import subprocess
+import time
 from fractions import Fraction
 import matplotlib
 import numpy as np
@@ -16,6 +18,7 @@ from torchvision.ops import box_iou
 from vl_tutor.data.annotations import Problems, read_dataset
 from vl_tutor.data.boxes import (clip_boxes, draw_boxes, flip_boxes, from_xywh, grounding_accuracy, iou, iou_inclusive, iou_matrix, iou_ref, mended, positive_box, read_pickle,
                                  read_proposals, scale_boxes, to_xywh)
+from vl_tutor.training.released import window
 
 matplotlib.use('Agg')
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -193,6 +196,25 @@ def test_raw_pickles(payload, tmp_path):
     except ValueError as error: assert 'refs.p' in str(error) and '\n' not in str(error)
     else: assert payload[:1] == b']'
     assert not (tmp_path/'mark').exists()
+
+
+def test_small_files_stay_small(tmp_path):
+    "A huge memo index, a huge length and a huge frame cost neither memory nor time"
+    start, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for payload in (b'\x80\x02]r\xff\xff\xff\x7f.', b'\x96' + (2**34).to_bytes(8, 'little') + b'.', b'\x80\x04\x95' + (2**40).to_bytes(8, 'little') + b'].', b'(lp2000000000\n.'):
+        (tmp_path/'refs.p').write_bytes(payload)
+        try: assert read_pickle(tmp_path/'refs.p') == []
+        except ValueError as error: assert 'refs.p' in str(error)
+    assert time.perf_counter() - start < 2 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000
+
+
+@pytest.mark.parametrize('name', [b'ccollections\nCounter\n', b'ccollections\nOrderedDict\n', b'ctorch._utils\n_rebuild_tensor\n', b'cnumpy\ndtype\n', b'c__builtin__\ndict\n'])
+@pytest.mark.parametrize('state', [b'(N(dp0\nVupdate\nNst', b'(dp0\nV__doc__\nVowned\ns'])
+def test_no_class_is_changed(name, state, tmp_path):
+    "State for a class would change it for the whole process"
+    (tmp_path/'refs.p').write_bytes(name + state + b'b.')
+    with pytest.raises(ValueError, match='would change a class'): read_pickle(tmp_path/'refs.p')
+    assert collections.Counter('aab').update is not None and collections.Counter.__doc__ != 'owned' and window.__doc__ != 'owned'
 
 
 def test_pickles_that_are_not_there(tmp_path):
