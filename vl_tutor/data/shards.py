@@ -178,7 +178,7 @@ def check_file(folder: Path, shard: dict, verify: bool=False):
     if verify and sha256(file) != shard['sha256']:
         raise ValueError(f'the shard {file} is not what was packed')
 
-# %% ../../nbs/data/22_shards.ipynb #aa61c5ab
+# %% ../../nbs/data/22_shards.ipynb #7106df67
 LOAN = 128                                                          # shards open at a time
 
 class ShardRows:
@@ -205,13 +205,16 @@ class ShardRows:
 
     def __len__(self) -> int: return int(self.ends[-1])
 
-    def __getstate__(self): return self.__dict__ | dict(open=OrderedDict(), owner=None)
+    def __getstate__(self): return self.__dict__ | dict(open=OrderedDict(), groups=None, owner=None)
 
     def opened(self, shard: dict):
         "A shard, opened in this process; those not used for long are closed"
-        if self.owner != os.getpid(): self.open, self.owner = OrderedDict(), os.getpid()   # a worker's own
+        if self.owner != os.getpid():                                        # a worker opens its own
+            self.open, self.groups, self.owner = OrderedDict(), OrderedDict(), os.getpid()
         name = shard['file']
-        if name not in self.open: self.open[name] = OPENS[name.rpartition('.')[2]](inside(self.folder, name))
+        if name not in self.open:
+            self.open[name] = OPENS[name.rpartition('.')[2]](inside(self.folder, name))
+            if hasattr(self.open[name], 'groups'): self.open[name].groups = self.groups      # parquet's, shared
         self.open.move_to_end(name)
         while len(self.open) > LOAN: self.open.popitem(last=False)
         return self.open[name]
