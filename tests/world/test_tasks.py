@@ -82,13 +82,13 @@ def test_the_first_thousand_for_any_worker_count_and_batch_size(name, workers, b
     assert digest(joined(list(dls.valid))) == json.loads(FILE.read_text())['sha256'][f'{name}/{settings_stored[1]}']
 
 
-@pytest.mark.parametrize('level,skin', [('one', 'mixed'), ('few', 'mixed'), ('crowd', 'shapes')])
+@pytest.mark.parametrize('level,skin', [('few', 'mixed'), ('crowd', 'shapes')])
 @pytest.mark.parametrize('name', names)
 def test_any_batch_size_and_order(name, level, skin):
-    task = make_task(name, level, 'valid', skin=skin, size=50)
-    whole = task.batch(range(50))
-    for size in (1, 7): same(joined([task.batch(range(i, min(i + size, 50))) for i in range(0, 50, size)]), whole)
-    order = mix(torch.arange(50)).argsort().tolist()
+    task = make_task(name, level, 'valid', skin=skin, size=24)
+    whole = task.batch(range(24))
+    for size in (1, 7): same(joined([task.batch(range(i, min(i + size, 24))) for i in range(0, 24, size)]), whole)
+    order = mix(torch.arange(24)).argsort().tolist()
     mixed, plain = joined([task.batch(order)]), joined([whole])
     for k, v in plain.items(): assert mixed[k].equal(v[order]) if isinstance(v, torch.Tensor) else mixed[k] == [v[i] for i in order], k
     same(task.batch(torch.tensor([3, 3])), {k: v[[3, 3]] if isinstance(v, torch.Tensor) else [v[3]]*2 for k, v in plain.items()})

@@ -12,7 +12,7 @@ from ..primitives.notation import PALETTE, to_grid
 from .drawing import object_boxes
 from .tasks import TASKS, TextOnly, as_list, majority, make_task
 
-# %% ../../nbs/world/17_gallery.ipynb #334c499c
+# %% ../../nbs/world/17_gallery.ipynb #d6fa7f31
 GAP = 2      # white pixels between the pictures of a strip
 
 def strip(
@@ -28,7 +28,8 @@ def pictures_of(
     "All that a sample shows"
     for name in ('pair', 'video'):
         if name in sample: return sample[name]
-    if 'image' not in sample: raise ValueError(f'a sample with the fields {", ".join(sample)} has nothing to show')
+    if 'image' not in sample:
+        raise ValueError(f'a sample with the fields {", ".join(sample)} has nothing to show')
     return sample['image'][None]
 
 # %% ../../nbs/world/17_gallery.ipynb #1662dcf2
@@ -45,8 +46,8 @@ def boxes_of(
     found += [(0, sample['box'], 'true')] if 'box' in sample else []
     return [(i, box, role) for i, box, role in found if (box[2:] > box[:2]).all()]
 
-# %% ../../nbs/world/17_gallery.ipynb #5d546c8e
-TRUTHS = dict(pair=('false', 'true'), image=('contradiction', 'neutral', 'entailment'))   # what `label` means beside `text`
+# %% ../../nbs/world/17_gallery.ipynb #67acf7d9
+TRUTHS = dict(pair=('false', 'true'), image=('contradiction', 'neutral', 'entailment'))   # what labels mean
 
 def words_of(
     sample: dict,
@@ -60,8 +61,8 @@ def words_of(
         if name in sample: return str(sample[name])
     return ''
 
-# %% ../../nbs/world/17_gallery.ipynb #b68b304b
-LINES = dict(known=[('#BBBBBB', .6)], offered=[(PALETTE['key'], .8)], true=[('w', 3.), ('k', 1.4)])   # colour and width of frames
+# %% ../../nbs/world/17_gallery.ipynb #34300412
+LINES = dict(known=[('#BBBBBB', .6)], offered=[(PALETTE['key'], .8)], true=[('w', 3.), ('k', 1.4)])
 
 def show_sample(
     sample: dict,         # of any task or real format
@@ -80,11 +81,12 @@ def show_sample(
     ax.imshow(to_grid(strip(pictures))); ax.axis('off')
     for i, (l, t, r, b), role in boxes_of(sample) if truth else ():
         for colour, width in LINES[role]:
-            ax.add_patch(Rectangle((float(l) + i*(wide + GAP) - .5, float(t) - .5), float(r - l), float(b - t),
-                                   fill=False, edgecolor=colour, linewidth=width))
+            corner = float(l) + i*(wide + GAP) - .5, float(t) - .5
+            ax.add_patch(Rectangle(corner, float(r - l), float(b - t), fill=False, ec=colour, lw=width))
     ax.set_title('\n'.join(t for t in (title, fill(words_of(sample), columns)) if t), fontsize=7)
     return ax
 
+# %% ../../nbs/world/17_gallery.ipynb #2475777b
 def show_tasks(
     names=None,           # tasks to show, all if None
     level: str='pair',    # a name of `LEVELS`
@@ -102,12 +104,13 @@ def show_tasks(
     fig = figure(figsize=(9, sum(high)), layout='constrained')
     grid = fig.add_gridspec(len(rows), 1, height_ratios=high)
     for line, row in zip(grid, rows):
-        for name, place in zip(row, line.subgridspec(1, len(row), width_ratios=[max(wide[n], 1.4) for n in row])):
+        places = line.subgridspec(1, len(row), width_ratios=[max(wide[n], 1.4) for n in row])
+        for name, place in zip(row, places):
             columns = 34 if wide[name] == 1 else 60 if wide[name] == 2 else 130
             show_sample(samples[name], fig.add_subplot(place), title=name.replace('_', ' '), columns=columns)
     return fig
 
-# %% ../../nbs/world/17_gallery.ipynb #72910f3a
+# %% ../../nbs/world/17_gallery.ipynb #12bf7156
 def quiz(
     found: dict,                     # a batch, or its `texts`
 ) -> tuple[list, list, list]:        # text, answer, and kind of answer of each sample
@@ -130,10 +133,12 @@ def blind(
     skin: str='shapes',
 ) -> dict:                   # accuracies 0 to 1: majority (the commonest answer of each kind) and text only
     "What two readers get right without a picture"
-    known, asked = (quiz(make_task(task, level, split, skin=skin).texts(range(k))) for split, k in (('train', n), ('test', new)))
+    of = lambda split, k: quiz(make_task(task, level, split, skin=skin).texts(range(k)))
+    known, asked = of('train', n), of('test', new)
+    only = lambda rows, kind: zip(*[(t, a) for t, a, k in zip(*rows) if k == kind])
     right = dict(majority=0., text=0.)
     for kind in sorted(set(asked[2])):
-        (texts, answers), (new_texts, truth) = (zip(*[(t, a) for t, a, k in zip(*rows) if k == kind]) for rows in (known, asked))
+        (texts, answers), (new_texts, truth) = only(known, kind), only(asked, kind)
         right['majority'] += majority(answers, truth)*len(truth)/new
         right['text'] += TextOnly().fit(texts, answers).accuracy(new_texts, truth)*len(truth)/new
     return right

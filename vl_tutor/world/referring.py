@@ -19,10 +19,10 @@ from .language import MEANING, SYNONYMS, world_words
 from .scenes import World
 from .tasks import ROOM, WorldTask, things
 
-# %% ../../nbs/world/13_referring.ipynb #8c668363
+# %% ../../nbs/world/13_referring.ipynb #8fc83460
 ATTRIBUTES = dict(size=SIZES, texture=TEXTURES, colour=COLOURS, kind=KINDS)
-MASKS = torch.tensor([[bool(m & 1), bool(m & 2), bool(m & 4), bool(m & 8)] for m in range(16)])   # what is said
-PART = torch.tensor([[k != m and k & m == k for k in range(16)] for m in range(16)])             # k says less than m
+MASKS = torch.tensor([[bool(m & 2**k) for k in range(4)] for m in range(16)])            # what is said
+PART = torch.tensor([[k != m and k & m == k for k in range(16)] for m in range(16)])     # k says less than m
 
 def who_fits(
     scenes: Scenes,
@@ -70,9 +70,9 @@ def by_attributes(
     valid[:, 0] = False
     return dict(said=draw_one(valid, bits(code, 111)), ok=valid.any(1))
 
-# %% ../../nbs/world/13_referring.ipynb #d6f6fcdd
-ENDS = dict(leftmost=('leftmost',), rightmost=('rightmost',), topmost=('topmost', 'highest'), lowest=('lowest', 'bottommost'),
-            largest=('largest', 'biggest'), smallest=('smallest', 'tiniest'))
+# %% ../../nbs/world/13_referring.ipynb #0fd29237
+ENDS = dict(leftmost=('leftmost',), rightmost=('rightmost',), topmost=('topmost', 'highest'),
+            lowest=('lowest', 'bottommost'), largest=('largest', 'biggest'), smallest=('smallest', 'tiniest'))
 LEAD, RATIO = 3., 1.15     # pixels of a 48-pixel picture, and ratio of sizes, by which the first leads
 
 def leads(
@@ -99,8 +99,9 @@ def by_end(scenes: Scenes, code: Tensor, target: Tensor, fit: Tensor) -> dict:
     pick = draw_one(valid.flatten(1), bits(code, 112))
     return dict(said=pick % 16, end=pick//16, ok=valid.flatten(1).any(1))
 
-# %% ../../nbs/world/13_referring.ipynb #e7b6ccac
-RELATIONS = (('left of', 'to the left of'), ('right of', 'to the right of'), ('above', 'over'), ('below', 'beneath'))
+# %% ../../nbs/world/13_referring.ipynb #73619cf4
+RELATIONS = (('left of', 'to the left of'), ('right of', 'to the right of'),
+             ('above', 'over'), ('below', 'beneath'))
 CLEAR, BEYOND = 1.4, 2.      # one axis is so much longer; pixels by which others are on the other side
 
 def on_side(
@@ -132,7 +133,7 @@ def by_relation(scenes: Scenes, code: Tensor, target: Tensor, fit: Tensor) -> di
     return dict(said=pick % 16, mark=mark, side=side[row, mark], ok=valid.any(1),
                 mark_said=draw_one(known[row, mark], bits(code, 114)))
 
-# %% ../../nbs/world/13_referring.ipynb #f0120638
+# %% ../../nbs/world/13_referring.ipynb #23af2653
 FAMILIES = dict(attributes=by_attributes, superlative=by_end, relation=by_relation)
 
 def attempt(
@@ -144,7 +145,8 @@ def attempt(
     "Throw who is meant, and try to say it in the way that was thrown"
     scenes = world.scenes(number)
     target = draw_one(scenes.present, bits(code, 110))
-    fit, out = who_fits(scenes), dict(target=target, scene=number, family=family, ok=torch.zeros_like(target).bool())
+    fit, no = who_fits(scenes), torch.zeros_like(target, dtype=torch.bool)
+    out = dict(target=target, scene=number, family=family, ok=no)
     out |= {k: torch.zeros_like(target) for k in ('said', 'end', 'mark', 'side', 'mark_said')}
     for f, say in enumerate(FAMILIES.values()):
         rows = (family == f).nonzero()[:, 0]
@@ -201,7 +203,7 @@ def express(
         text = f'{text} {RELATIONS[side][pick % 2]} the {noun_phrase(found[mark], mark_said, way >> 16)}'
     return f'the {text}'
 
-# %% ../../nbs/world/13_referring.ipynb #ffe2bb3a
+# %% ../../nbs/world/13_referring.ipynb #64808b5c
 @lru_cache(1)
 def expression_pattern() -> re.Pattern:
     "A regular expression for every expression"
@@ -210,7 +212,8 @@ def expression_pattern() -> re.Pattern:
     noun = ' '.join(f'(?:(?P<{k}X>{w}) )?' for k, w in zip(ATTRIBUTES, words[:3])).replace(' (', '(')
     noun += f'(?:(?P<kindX>{words[3]})|{"|".join(NOUNS)})'
     ends, sides = ('|'.join(w for ways in group for w in ways) for group in (ENDS.values(), RELATIONS))
-    return re.compile(f'the (?:(?P<end>{ends}) )?{noun.replace("X", "1")}(?: (?P<side>{sides}) the {noun.replace("X", "2")})?')
+    one, two = (noun.replace('X', n) for n in '12')
+    return re.compile(f'the (?:(?P<end>{ends}) )?{one}(?: (?P<side>{sides}) the {two})?')
 
 def read_expression(
     text: str,
@@ -223,7 +226,7 @@ def read_expression(
     return dict(what=asked[0], end=m['end'] and list(ENDS)[means(m['end'], ENDS.values())],
                 side=means(m['side'], RELATIONS) if m['side'] else None, mark=asked[1])
 
-# %% ../../nbs/world/13_referring.ipynb #f51d4e23
+# %% ../../nbs/world/13_referring.ipynb #54651c05
 def refer_ref(
     text: str,
     found: list[dict],     # one scene of `things`
@@ -235,9 +238,10 @@ def refer_ref(
     fits = lambda o, what: all(o[k] == v for k, v in what.items())
     mine = [i for i, o in enumerate(found) if fits(o, asked['what'])]
     if asked['end']:
-        key = dict(leftmost=lambda o: -o['x'], rightmost=lambda o: o['x'], topmost=lambda o: -o['y'],
-                   lowest=lambda o: o['y'], largest=lambda o: o['r'], smallest=lambda o: -o['r'])[asked['end']]
-        return [i for i in mine if key(found[i]) == max(key(found[k]) for k in mine)]
+        name, sign = dict(leftmost=('x', -1), rightmost=('x', 1), topmost=('y', -1), lowest=('y', 1),
+                          largest=('r', 1), smallest=('r', -1))[asked['end']]
+        first = max((sign*found[i][name] for i in mine), default=None)
+        return [i for i in mine if sign*found[i][name] == first]
     if asked['side'] is None: return mine
     marks = [o for o in found if fits(o, asked['mark'])]
     if len(marks) != 1: return []
@@ -257,7 +261,7 @@ def iou(
     both, areas = side.prod(-1), [(x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b)]
     return both/(areas[0] + areas[1] - both).clamp(min=1e-9)
 
-# %% ../../nbs/world/13_referring.ipynb #bb3cda90
+# %% ../../nbs/world/13_referring.ipynb #c6d1896d
 def distractors(
     code: Tensor,     # `(b)`
     boxes: Tensor,    # of all objects, zeros where there is none `(b o 4)`
@@ -266,7 +270,7 @@ def distractors(
     n: int,           # how many
     side: int=48,     # of the pictures, pixels
 ) -> Tensor:          # `(b n 4)`
-    "Boxes around objects, shifted, grown or shrunk; what comes too near the true one becomes a part of its object"
+    "Objects' boxes shifted, grown or shrunk; what comes too near the true one becomes a part of its object"
     source = boxes.gather(1, (bits(code, 120, n) % count[:, None])[..., None].expand(-1, -1, 4))
     low, size = source[..., :2], source[..., 2:] - source[..., :2]
     u = uniform(code, 121, n, 8)
@@ -279,10 +283,12 @@ def distractors(
     moved, part = torch.cat([start, start + new], 2), torch.cat([inside, inside + part], 2)
     return torch.where((iou(moved, true[:, None]) < .5)[..., None], moved, part)
 
-# %% ../../nbs/world/13_referring.ipynb #9e7f0620
+# %% ../../nbs/world/13_referring.ipynb #cf376615
 def proposals(
     code: Tensor,    # `(b)`
-    boxes: Tensor, count: Tensor, target: Tensor,   # of the objects `(b o 4)`, how many `(b)`, which is meant `(b)`
+    boxes: Tensor,   # of the objects `(b o 4)`
+    count: Tensor,   # how many objects there are `(b)`
+    target: Tensor,  # which is meant `(b)`
     n: int,          # boxes in all
 ) -> tuple[Tensor, Tensor]:   # `(b n 4)`, and which of them is the true one `(b)`
     "All objects' boxes and distractors, shuffled by the dice"
@@ -294,7 +300,7 @@ def proposals(
     order = bits(code, 122, n).argsort(1)
     return heap.gather(1, order[..., None].expand(-1, -1, 4)), (order == target[:, None]).int().argmax(1)
 
-# %% ../../nbs/world/13_referring.ipynb #d4d13206
+# %% ../../nbs/world/13_referring.ipynb #576341a6
 class ReferringTask(WorldTask):
     "An expression that is true of one thing, its box, and boxes to choose from"
     name, fields = 'referring', ('image', 'expression', 'box', 'proposals')
@@ -305,7 +311,7 @@ class ReferringTask(WorldTask):
     ):
         super().__init__(*args, **settings)
         w = self.world
-        if boxes < 10: raise ValueError(f'{boxes} proposals are too few: a crowd has 8 things, so take 10 or more')
+        if boxes < 10: raise ValueError(f'{boxes} proposals are too few for crowds of 8: take 10 or more')
         self.boxes = boxes
         self.plain = World(w.level, w.split, skin=w.skin, seed=w.seed)   # decides at 48 pixels, for any size
 
@@ -316,11 +322,13 @@ class ReferringTask(WorldTask):
         small, names = self.plain.scenes(made['scene']), list(FAMILIES)
         found, way = things(small), (bits(code, 116) | bits(code, 117) << 31).tolist()
         keys = ('family', 'target', 'said', 'end', 'mark', 'side', 'mark_said')
-        said = [express(o, names[f], w, *rest) for o, w, f, *rest in zip(found, way, *(made[k].tolist() for k in keys))]
+        drafts = zip(found, way, *(made[k].tolist() for k in keys))
+        said = [express(o, names[f], w, *rest) for o, w, f, *rest in drafts]
         scale, box = self.world.image_size/48, object_boxes(small)
         heap, right = proposals(code, box, small.present.sum(1), made['target'], self.boxes)
-        return dict(expression=said, box=box[torch.arange(len(code)), made['target']]*scale, proposals=heap*scale,
-                    target=right, family=[names[f] for f in made['family'].tolist()],
+        true = box[torch.arange(len(code)), made['target']]
+        return dict(expression=said, box=true*scale, proposals=heap*scale, target=right,
+                    family=[names[f] for f in made['family'].tolist()],
                     scenes=self.world.scenes(made['scene']))
 
     @classmethod
