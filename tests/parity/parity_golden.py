@@ -15,7 +15,7 @@ TRUTH = ('out.', 'mid.', 'after.')
 
 def fixtures(root: Path = ROOT) -> list[str]:
     "Every folder that holds a fixture, and every folder that holds no other folder"
-    folders = [p for p in root.rglob('*') if p.is_dir()]
+    folders = [p for p in root.rglob('*') if p.is_dir() and not (p.parent/'config.json').exists()]     # a fixture's own folders are its files
     inner = [p for p in folders if not any(f.is_dir() for f in p.iterdir()) or any(p.glob('*.safetensors')) or (p/'config.json').exists()]
     return sorted(p.relative_to(root).as_posix() for p in inner)
 
