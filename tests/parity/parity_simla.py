@@ -4,6 +4,7 @@ import random
 import re
 import torch
 from vl_tutor.data.boxes import iou_inclusive
+from vl_tutor.data.transforms import EVALUATE
 from vl_tutor.primitives.masking import block_mask, simla_mask_words
 from vl_tutor.primitives.texts import simla_answers, simla_caption, simla_ids, simla_question
 from vl_tutor.training.schedules import simla_table
@@ -62,7 +63,10 @@ def rates(notes: dict) -> dict:
     return out
 
 
-def pictures(notes: dict, io: dict) -> dict: return {}
+def pictures(notes: dict, io: dict) -> dict:
+    "The square of the test"
+    side = io['out.eval_transformed'].shape[-1]
+    return {'out.eval_transformed': EVALUATE['simla'](io['in.pixels_uint8'].numpy(), side)}
 
 
 @checker('simla/data_rules', given=GIVEN)

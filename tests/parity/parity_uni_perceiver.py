@@ -3,6 +3,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import re
 import torch
+from vl_tutor.data.transforms import HALF, frames_short_side, middle, normalised, short_side, uni_video
 from vl_tutor.data.videos import evaluation_frames, training_frames
 from vl_tutor.primitives.masking import uni_mask_words
 from vl_tutor.primitives.modalities import Modalities, attribute_bits, caption_places, resize_time
@@ -129,7 +130,17 @@ KNOWN = {'bpe', 'bpe_special_ids', 'bpe_vocab_size', 'bpe_decode', 'caption_trun
          'video_eval_indices', 'video_train_indices', 'moe_attribute_bits', 'moe_attribute_bit_meaning', 'collate_caption', 'collate_retrieval_eval'}
 
 
-def pictures(notes: dict, io: dict) -> dict: return {}
+def pictures(io: dict) -> dict:
+    "Pictures cut for captions and for ImageNet, clips in three squares and in the middle one"
+    out = {}
+    for name in (k.removeprefix('in.') for k in io if k.startswith('in.image')):
+        pixels, side = io[f'in.{name}'].numpy(), io[f'out.{name}.clip_eval'].shape[-1]
+        out[f'out.{name}.clip_eval'] = normalised(middle(short_side(pixels, side), side))
+        out[f'out.{name}.imagenet_eval'] = normalised(middle(short_side(pixels, int(256/224*side)), side))
+    clip, side = io['in.video'].permute(0, 3, 1, 2), io['out.video.center_crop'].shape[-1]                 # (t h w 3) → (t 3 h w)
+    whole = frames_short_side(normalised(clip, HALF, HALF), side)
+    top, left = (round((n - side)/2) for n in whole.shape[-2:])
+    return out | {'out.video.three_crops': uni_video(clip, side), 'out.video.center_crop': whole[..., top:top + side, left:left + side]}
 
 
 @checker('uni_perceiver/preprocess')
@@ -140,4 +151,4 @@ def preprocess(config, weights, io):
     prompts(extra, pairs)
     frames(extra)
     batches(extra)
-    return pictures(config['notes'], io)
+    return pictures(io)
