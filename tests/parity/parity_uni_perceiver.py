@@ -101,7 +101,8 @@ def prompts(extra: dict, pairs: ClipPairs):
     for case in extra['glue_prompts']: assert slot_prompt(pairs, case['task'], case['sentences']) == (case['ids'], case['spe_index']), case['task']
     for name, template in dict(vqa_question='VQA', vqa_question_two_eot='VQA two ends').items():
         case = extra[name]
-        assert slot_prompt(pairs, template, [case['question']], case['max_len']) == (case['ids'], case['spe_index']), name
+        room = case['max_len'] + (template == 'VQA two ends')              # the question has max_len − 2 pieces in both
+        assert slot_prompt(pairs, template, [case['question']], room) == (case['ids'], case['spe_index']), name
 
 
 def frames(extra: dict):
