@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'SHARD_KINDS', 'LOAN', 'FORMATS', 'stored', 'plain', 'video_bytes', 'source_records', 'apart', 'sha256',
-           'groups', 'pack', 'going_on', 'put_shard', 'save_index', 'check_file', 'ShardRows', 'shard_list', 'Shards',
-           'read_shards']
+           'Broken', 'Strict', 'groups', 'pack', 'going_on', 'put_shard', 'save_index', 'check_file', 'ShardRows',
+           'shard_list', 'Shards', 'read_shards']
 
 # %% ../../nbs/data/22_shards.ipynb #aec704ac
 import hashlib, json, os
@@ -72,7 +72,7 @@ def apart(batch: dict) -> Iterator[dict]:
         found = {k: sample_of(v, i) for k, v in batch.items() if not k.endswith('_mask')}
         yield {k: v[masks[k][i]] if k in masks else v for k, v in found.items()}
 
-# %% ../../nbs/data/22_shards.ipynb #75d5be5d
+# %% ../../nbs/data/22_shards.ipynb #6bfa07e9
 INDEX, SHARD_KINDS = 'index.json', ('arrow', 'parquet', 'tar')
 
 def sha256(path) -> str:
@@ -81,6 +81,15 @@ def sha256(path) -> str:
     with open(path, 'rb') as file:
         while piece := file.read(1 << 20): total.update(piece)
     return total.hexdigest()
+
+class Broken(ValueError):
+    "A record that cannot be packed, as opposed to a wrong request"
+
+class Strict(Problems):
+    "Problems whose first one raises `Broken`, or that are counted"
+    def __call__(self, where: str, what: str):
+        try: super().__call__(where, what)
+        except ValueError as error: raise Broken(str(error)) from error
 
 def groups(
     records: Iterable[dict],     # as they come
@@ -102,7 +111,7 @@ def groups(
         held, bytes_held, since = [], 0, 0
     if held or since: yield held, since
 
-# %% ../../nbs/data/22_shards.ipynb #2db6ba85
+# %% ../../nbs/data/22_shards.ipynb #c12763d2
 def pack(
     source,                        # data set, task of the world, or records in an order that stays
     folder,                        # of the shards
@@ -128,7 +137,7 @@ def pack(
                  complete=False, rows=0, taken=0, broken=0, first=[], shards=[])
     index = going_on(folder, fresh)
     if index['complete']: return index
-    problems = Problems(on_error, count=index['broken'], first=index['first'])
+    problems = Strict(on_error, count=index['broken'], first=index['first'])
     records = source_records(source, index['taken'], count)
     for held, taken in groups(records, problems, root, rows, size, index['taken']):
         if held: index['shards'].append(put_shard(folder, index, held))

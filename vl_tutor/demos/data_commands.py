@@ -131,7 +131,7 @@ def world_source(task: str, level: str, split: str, skin: str, size: int, seed: 
     if size < 8: raise ValueError(f'--image-size {size}: at least 8 pixels')
     return make_task(task, level, split, skin=skin, image_size=size, seed=seed, size=count or None)
 
-# %% ../../nbs/demos/67_data_commands.ipynb #e6d82adb
+# %% ../../nbs/demos/67_data_commands.ipynb #462eb922
 @data_app.command('pack', help=PACK)
 def pack_data(
     source: Annotated[str, typer.Argument(metavar='DIR|world', help='Folder of a data set, or world.')],
@@ -141,7 +141,7 @@ def pack_data(
     kind: option(str, 'arrow, parquet or tar (webdataset).')='arrow',
     rows: option(int, 'Of a shard, at most.')=1000,
     count: option(int, 'Records to take; 0: all.')=0,
-    on_error: option(str, 'raise: stop at the first broken record; skip: leave them out.')='raise',
+    on_error: option(str, 'raise: stop with the first broken record; skip: leave them out.')='raise',
     task: option(str, 'World: which task.')='caption',
     level: option(str, 'World: one, pair, few or crowd.')='pair',
     skin: option(str, 'World: shapes, digits or mixed.')='shapes',
@@ -149,18 +149,20 @@ def pack_data(
     seed: option(int, 'World: another seed is another world.')=0,
     as_json: Json=False,
 ):
-    from vl_tutor.data.annotations import Problems, read_records
-    from vl_tutor.data.shards import pack
-    from vl_tutor.demos.command_line import say
+    from vl_tutor.data.annotations import read_records
+    from vl_tutor.data.shards import Broken, Strict, pack
+    from vl_tutor.demos.command_line import fail, say
     check_on_error(on_error)
     if count < 0: raise ValueError(f'--count {count}: it cannot be negative')
-    problems, how = Problems(on_error), dict(kind=kind, rows=rows, count=count or None, on_error=on_error)
+    problems, how = Strict(on_error), dict(kind=kind, rows=rows, count=count or None, on_error=on_error)
     if source == 'world': records = world_source(task, level, split, skin, image_size, seed, count)
     else:
         name = check_format(Path(source), format, [split])
         records = read_records(source, name, split, problems)
         how |= dict(root=source, about=f'{name} {split}')
-    with bar('packing') as tell: index = pack(records, out, progress=lambda n: tell(split, n), **how)
+    try:
+        with bar('packing') as tell: index = pack(records, out, progress=lambda n: tell(split, n), **how)
+    except Broken as error: fail(str(error), 1)
     broken, first = index['broken'] + problems.count, (problems.first + index['first'])[:100]
     size = sum(s['bytes'] for s in index['shards'])
     say(dict(folder=str(out), rows=index['rows'], shards=len(index['shards']), bytes=size, broken=broken,
