@@ -3,6 +3,7 @@ import ast
 import random
 import re
 import torch
+from vl_tutor.data.augment import SIMLA_OPERATIONS
 from vl_tutor.data.boxes import iou_inclusive
 from vl_tutor.data.transforms import EVALUATE
 from vl_tutor.primitives.masking import block_mask, simla_mask_words
@@ -64,13 +65,18 @@ def rates(notes: dict) -> dict:
 
 
 def pictures(notes: dict, io: dict) -> dict:
-    "The square of the test"
-    side = io['out.eval_transformed'].shape[-1]
-    return {'out.eval_transformed': EVALUATE['simla'](io['in.pixels_uint8'].numpy(), side)}
+    "The square of the test, and every operation of the augmentation at the arguments that are stored"
+    out = {'out.eval_transformed': EVALUATE['simla'](io['in.pixels_uint8'].numpy(), io['out.eval_transformed'].shape[-1])}
+    for name in (k.removeprefix('aug/') for k in notes if k.startswith('aug/')):
+        value, *fill = ast.literal_eval(re.search(r'arguments (\[.*\])', notes[f'aug/{name}']).group(1)) or [0]
+        assert fill in ([], [[128]*3]), f'{name} fills with {fill}'
+        out[f'out.aug/{name}'] = torch.from_numpy(SIMLA_OPERATIONS[name][0](io['in.aug_input'].numpy(), value))
+    return out
 
 
 @checker('simla/data_rules', given=GIVEN)
 def data_rules(config, weights, io):
     notes = config['notes']
+    assert config['augmentation']['ops'] == list(SIMLA_OPERATIONS)
     return {**texts(config, notes), **masks(config, notes, io), **rates(notes), **pictures(notes, io),
             'out.iou': iou_inclusive(io['in.iou_a'], io['in.iou_b'])}
