@@ -197,7 +197,7 @@ def test_a_slot_in_the_sentence_is_not_the_slot(small):
 
 
 def test_mistakes_in_prompts(small):
-    for task, said, says in [('GLUE', ['a'], "no prompt for the task 'GLUE'"), ('RTE', ['a'], 'takes 2 sentences'), ('SST-2', ['a', 'b'], 'takes 1 sentences'), ('VQA', ['a'], 'no room')]:
+    for task, said, says in [('GLUE', ['a'], "no prompt for 'GLUE'"), ('RTE', ['a'], 'takes 2 sentences'), ('SST-2', ['a', 'b'], 'takes 1 sentences'), ('VQA', ['a'], 'no room')]:
         with pytest.raises(ValueError, match=says) as error: slot_prompt(small, task, said, 1 if says == 'no room' else 20)
         assert one_sentence(error)
     assert set(LABELS) < set(PROMPTS)
