@@ -192,7 +192,7 @@ class ParquetShard:
 
     def forget(self): pass
 
-# %% ../../nbs/data/22_containers.ipynb #5bba25a8
+# %% ../../nbs/data/22_containers.ipynb #ecc73f1e
 READ_AS = re.compile(r'(?:(?P<part>\d|video\.\d+)\.)?(?P<picture>png|jpe?g|webp|bmp)|(?P<text>json|txt|cls)')
 MOST = 64_000_000                     # bytes of one file in a tar
 
@@ -224,6 +224,7 @@ class TarShard:
         return out
     forget = ArrowShard.forget
 
+# %% ../../nbs/data/22_containers.ipynb #aac35e6a
 def put_member(out: dict, end: str, data: memoryview):
     "One file of a tar sample into its record; raises ValueError for any kind that is not read"
     kind = READ_AS.fullmatch(end)

@@ -7,7 +7,7 @@ __all__ = ['INDEX', 'SHARD_KINDS', 'LOAN', 'FORMATS', 'stored', 'plain', 'video_
            'Broken', 'Strict', 'groups', 'pack', 'going_on', 'put_shard', 'save_index', 'check_file', 'ShardRows',
            'shard_list', 'Shards', 'read_shards']
 
-# %% ../../nbs/data/22_shards.ipynb #aec704ac
+# %% ../../nbs/data/22_shards.ipynb #aa603152
 import hashlib, json, os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
+from fastcore.basics import patch
 from torch import Tensor
 from .annotations import MEDIA, Absent, Annotated, Format, Problems, inside, read_json
 from .containers import OPENS, picture_bytes, runs, whole_file, write_shard
@@ -187,7 +188,7 @@ def check_file(folder: Path, shard: dict, verify: bool=False):
     if verify and sha256(file) != shard['sha256']:
         raise ValueError(f'the shard {file} is not what was packed')
 
-# %% ../../nbs/data/22_shards.ipynb #7106df67
+# %% ../../nbs/data/22_shards.ipynb #d1bac118
 LOAN = 128                                                          # shards open at a time
 
 class ShardRows:
@@ -223,28 +224,34 @@ class ShardRows:
         name = shard['file']
         if name not in self.open:
             self.open[name] = OPENS[name.rpartition('.')[2]](inside(self.folder, name))
-            if hasattr(self.open[name], 'groups'): self.open[name].groups = self.groups      # parquet's, shared
+            if hasattr(self.open[name], 'groups'): self.open[name].groups = self.groups   # parquet's, shared
         self.open.move_to_end(name)
         while len(self.open) > LOAN: self.open.popitem(last=False)
         return self.open[name]
 
-    def place(self, i: int) -> tuple[dict, int]:
-        "The shard of a record, and its row there"
-        if not 0 <= i < len(self): raise IndexError(f'record {i} of {len(self)}')
-        k = int(bisect_right(self.ends, i))
-        return self.shards[k], i - int(self.ends[k - 1] if k else 0)
+# %% ../../nbs/data/22_shards.ipynb #8da946b7
+@patch
+def place(self: ShardRows, i: int) -> tuple[dict, int]:
+    "The shard of a record, and its row there"
+    if not 0 <= i < len(self): raise IndexError(f'record {i} of {len(self)}')
+    k = int(bisect_right(self.ends, i))
+    return self.shards[k], i - int(self.ends[k - 1] if k else 0)
 
-    def where(self, i: int) -> str: return '{0[file]}, row {1}'.format(*self.place(i))
+@patch
+def where(self: ShardRows, i: int) -> str: return '{0[file]}, row {1}'.format(*self.place(i))
 
-    def __getitem__(self, i: int) -> dict:
-        shard, row = self.place(i)
-        found = self.opened(shard).row(row)
-        return {k: v for k, v in found.items() if v is not None} | dict(source=self.where(i))
+@patch
+def __getitem__(self: ShardRows, i: int) -> dict:
+    shard, row = self.place(i)
+    found = self.opened(shard).row(row)
+    return {k: v for k, v in found.items() if v is not None} | dict(source=self.where(i))
 
-    def forget(self):
-        "Give back the memory behind the files"
-        for shard in self.open.values(): shard.forget()
+@patch
+def forget(self: ShardRows):
+    "Give back the memory behind the files"
+    for shard in self.open.values(): shard.forget()
 
+# %% ../../nbs/data/22_shards.ipynb #f8ec7cc8
 def shard_list(folder: Path) -> list[dict]:
     "The shards of a folder: of its index, or else all that are there, by name"
     if (folder/INDEX).exists():

@@ -374,7 +374,7 @@ def retrieval_order(
                 texts=[rows[i]['caption'] for i in range(len(rows))],
                 iid=[picture_number(ids[row], row) for row, _ in places])
 
-# %% ../../nbs/data/23_tables.ipynb #199d0162
+# %% ../../nbs/data/23_tables.ipynb #b2b736b7
 def read_tables(
     folder, split: str, problems: Problems, *,
     kind: str='caption',           # a key of `KINDS`
@@ -397,6 +397,6 @@ def read_tables(
 
 FORMATS = [Format(f'vilt_{name}', task, about, partial(read_tables, kind=kind), media=media)
            for name, task, about, kind, media in (
-    ('tables', 'caption', 'coco_caption_karpathy_*.arrow, sbu_0.arrow, vg.arrow, …', 'caption', 'image'),
-    ('questions', 'question', 'vqav2_train.arrow, vqav2_rest_val.arrow, …, vgqa_train.arrow', 'question', 'image'),
+    ('tables', 'caption', 'coco_caption_karpathy_*.arrow, sbu_0.arrow, vg.arrow …', 'caption', 'image'),
+    ('questions', 'question', 'vqav2_train.arrow, vqav2_test.arrow, vgqa_train.arrow …', 'question', 'image'),
     ('pairs', 'pair', 'nlvr2_train.arrow, nlvr2_dev.arrow, nlvr2_test1.arrow', 'pair', 'pair'))]

@@ -96,7 +96,7 @@ def check_data(
     say(found, as_json, report)
     raise typer.Exit(1 if wrong else 0)
 
-# %% ../../nbs/demos/67_data_commands.ipynb #5db916d1
+# %% ../../nbs/demos/67_data_commands.ipynb #bb06dc6d
 def report(found: dict) -> list[str]:
     "What `check_dataset` found, for a person"
     lines = [f'{found["folder"]}: {found["format"]}, {found["records"]} records, {found["broken"]} broken']
@@ -105,9 +105,12 @@ def report(found: dict) -> list[str]:
         lines.append(f'{name}: {part["records"]} records, {part["broken"]} broken, {media["files"]} files, '
                      f'{media["bytes"]/1e6:.1f} MB')
         for side in ('width', 'height'):
-            if media[side]: lines.append('  {0}: {1[0]} to {1[2]} pixels, median {1[1]:g}'.format(side, media[side]))
-        lines += [f'  {field}: {t["count"]}, {t["different"]} different, {t["words"][0]} to {t["words"][2]} words'
-                  for field, t in part['texts'].items()]
+            if not media[side]: continue
+            least, middle, most = media[side]
+            lines.append(f'  {side}: {least} to {most} pixels, median {middle:g}')
+        for field, t in part['texts'].items():
+            least, _, most = t['words']
+            lines.append(f'  {field}: {t["count"]}, {t["different"]} different, {least} to {most} words')
         if part['error']: lines.append(f'  stopped: {part["error"]}')
         lines += [f'  {sentence}' for sentence in part['first']]
         more = part['broken'] - len(part['first'])
@@ -131,7 +134,7 @@ def world_source(task: str, level: str, split: str, skin: str, size: int, seed: 
     if size < 8: raise ValueError(f'--image-size {size}: at least 8 pixels')
     return make_task(task, level, split, skin=skin, image_size=size, seed=seed, size=count or None)
 
-# %% ../../nbs/demos/67_data_commands.ipynb #462eb922
+# %% ../../nbs/demos/67_data_commands.ipynb #ab8cde9f
 @data_app.command('pack', help=PACK)
 def pack_data(
     source: Annotated[str, typer.Argument(metavar='DIR|world', help='Folder of a data set, or world.')],
@@ -169,7 +172,9 @@ def pack_data(
              first=first), as_json, packed)
     raise typer.Exit(1 if broken else 0)
 
+# %% ../../nbs/demos/67_data_commands.ipynb #87a969d4
 def packed(done: dict) -> list[str]:
     "What `pack` did, for a person"
     head = f'{done["folder"]}: {done["rows"]} rows in {done["shards"]} shards, {done["bytes"]/1e6:.1f} MB'
-    return [head + (f', {done["broken"]} broken' if done['broken'] else ''), *(f'  {s}' for s in done['first'])]
+    if done['broken']: head += f', {done["broken"]} broken'
+    return [head, *(f'  {sentence}' for sentence in done['first'])]
