@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'MODULES', 'MEDIA', 'BOXES', 'Format', 'offered', 'formats', 'padded', 'collate', 'is_number',
            'square_pixels', 'check_boxes', 'Annotated', 'opened', 'format_of', 'read_records', 'read_dataset',
-           'check_dataset', 'check_split', 'look', 'measured', 'spread', 'media_summary', 'text_summary',
+           'check_dataset', 'check_split', 'look', 'measured', 'weight', 'spread', 'media_summary', 'text_summary',
            'detect_format', 'first_good', 'Absent', 'Problems', 'checked', 'csv_rows', 'entries', 'first_file',
            'inside', 'json_fields', 'json_lines', 'need', 'numbered', 'once', 'read_json', 'text_lines', 'texts']
 
@@ -214,7 +214,9 @@ def pixels(self: Annotated, image) -> Tensor:
 
 @patch
 def clip(self: Annotated, place, name: str) -> Tensor:
-    "A video as `(t 3 h w)`, by PyAV"
+    "A video as `(t 3 h w)`: a file by PyAV, or its frames as pictures"
+    if isinstance(place, (list, tuple)): return torch.stack([self.pixels(open_image(p)) for p in place])
+    if isinstance(place, memoryview): place = bytes(place)
     if self.video is None:
         from vl_tutor.data.videos import VideoFrames
         self.video = VideoFrames(8, self.size, picture=self.picture)
@@ -327,8 +329,12 @@ def measured(data: Annotated, field: str, source) -> tuple|str:
         if field == 'video': w, h = data.clip(place, name).shape[:-3:-1]
         else: w, h = data.image_of(source).size
         if isinstance(place, Path): return w, h, place.stat().st_size
-        return w, h, len(place) if isinstance(place, bytes) else 0
+        return w, h, sum(map(weight, place)) if isinstance(place, (list, tuple)) else weight(place)
     except ValueError as error: return str(error)
+
+def weight(found) -> int:
+    "Bytes of a picture that lies in a table"
+    return len(found) if isinstance(found, (bytes, memoryview)) else 0
 
 def spread(numbers: list) -> list:
     "Smallest, median and largest"
