@@ -228,6 +228,27 @@ def test_splits_lie_in_folders(tmp_path):
     assert read_dataset(tmp_path, 'shards', 'valid', size=8).batch([3])['caption'] == ['number 3']
 
 
+@pytest.mark.parametrize('name', ['clip_caption', 'statement_pair', 'referring'])
+def test_packed_tasks_are_checked_and_read_as_a_format(tmp_path, name):
+    task = make_task(name, size=5)
+    pack(task, tmp_path/'s')
+    found = check_dataset(tmp_path/'s', 'shards')
+    assert (found['records'], found['broken']) == (5, 0) and found['splits']['all']['media']['bytes'] > 500
+    batch, truth = read_dataset(tmp_path/'s', 'shards', 'all').batch([4, 1]), task.batch([4, 1])
+    for field in {'image', 'pair', 'video', 'box', 'caption', 'text'} & set(task.fields):
+        assert torch.equal(batch[field], truth[field]) if isinstance(truth[field], torch.Tensor) else batch[field] == truth[field]
+
+
+def test_a_video_file_is_packed_as_it_is(tmp_path):
+    from video_files import solid, write_video
+    write_video(tmp_path/'a.mp4', solid(range(0, 90, 10), 32, 24), codec='mpeg4')
+    for kind in ('arrow', 'parquet'):
+        pack([dict(video='a.mp4', caption='grey')], tmp_path/kind, kind=kind, root=tmp_path)
+        assert Shards(tmp_path/kind, size=16)[0]['video'].shape == (8, 3, 16, 16)
+        assert check_dataset(tmp_path/kind, 'shards')['broken'] == 0
+    with pytest.raises(ValueError, match='a tar holds pictures, not video files'): pack([dict(video='a.mp4')], tmp_path/'tar', kind='tar', root=tmp_path)
+
+
 def test_an_index_cannot_lead_out(tmp_path):
     pack(records(4), tmp_path/'s')
     index = json.loads((tmp_path/'s'/INDEX).read_text())

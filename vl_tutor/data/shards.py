@@ -7,7 +7,7 @@ __all__ = ['INDEX', 'SHARD_KINDS', 'LOAN', 'FORMATS', 'stored', 'plain', 'video_
            'Broken', 'Strict', 'groups', 'pack', 'going_on', 'put_shard', 'save_index', 'check_file', 'ShardRows',
            'shard_list', 'Shards', 'read_shards']
 
-# %% ../../nbs/data/22_shards.ipynb #aa603152
+# %% ../../nbs/data/22_shards.ipynb #6826ac1e
 import hashlib, json, os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -19,7 +19,6 @@ from fastcore.basics import patch
 from torch import Tensor
 from .annotations import MEDIA, Absent, Annotated, Format, Problems, inside, read_json
 from .containers import OPENS, picture_bytes, runs, whole_file, write_shard
-from .images import open_image
 
 # %% ../../nbs/data/22_shards.ipynb #c5877668
 def stored(
@@ -264,7 +263,7 @@ def shard_list(folder: Path) -> list[dict]:
     if not names: raise Absent(f'{folder} has no {INDEX} and no .arrow, .parquet or .tar')
     return [dict(file=name) for name in names]
 
-# %% ../../nbs/data/22_shards.ipynb #46c8ad90
+# %% ../../nbs/data/22_shards.ipynb #9410c7fc
 class Shards(Annotated):
     "A folder of shards as a data set: any sample by its number, and no more in memory than a batch"
     def __init__(self,
@@ -283,11 +282,6 @@ class Shards(Annotated):
     @property
     def chunks(self) -> list[int]: return self.records.chunks
     def where(self, i: int) -> str: return self.records.where(i)
-
-    def clip(self, place, name: str) -> Tensor:
-        "A video file, or the frames that were packed one by one"
-        if isinstance(place, (list, tuple)): return torch.stack([self.pixels(open_image(p)) for p in place])
-        return super().clip(bytes(place) if isinstance(place, memoryview) else place, name)
 
     def batch(self, indices: list[int]) -> dict:
         "These samples as a batch; the memory behind the files is given back"
