@@ -1,8 +1,9 @@
 "How VLC's data fixtures are built from their own config.json and arrow files."
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 from vl_tutor.data.answers import normalise_answer, score_of
+from vl_tutor.data.augment import OPERATIONS, operate, strength
 from vl_tutor.data.tables import open_table, open_tables, published_batch, retrieval_order, table_answers
 from vl_tutor.data.transforms import cut, normalised, squeezed
 from parity_golden import ROOT, checker
@@ -84,28 +85,13 @@ def views(batch: dict, stored) -> dict:
     return out
 
 
-def bent(image, *rows): return image.transform(image.size, Image.Transform.AFFINE, rows, Image.Resampling.NEAREST)
-def added(image, v): return ImageOps.solarize(Image.fromarray((np.array(image).astype(float) + v).clip(0, 255).astype(np.uint8)), 128)
-
-
-OPERATIONS = dict(
-    AutoContrast=lambda x, v: ImageOps.autocontrast(x), Equalize=lambda x, v: ImageOps.equalize(x), Rotate=lambda x, v: x.rotate(v),
-    Posterize=lambda x, v: ImageOps.posterize(x, max(1, int(v))), Solarize=ImageOps.solarize, SolarizeAdd=added,
-    Color=lambda x, v: ImageEnhance.Color(x).enhance(v), Contrast=lambda x, v: ImageEnhance.Contrast(x).enhance(v),
-    Brightness=lambda x, v: ImageEnhance.Brightness(x).enhance(v), Sharpness=lambda x, v: ImageEnhance.Sharpness(x).enhance(v),
-    ShearX=lambda x, v: bent(x, 1, v, 0, 0, 1, 0), ShearY=lambda x, v: bent(x, 1, 0, 0, v, 1, 0),
-    TranslateXabs=lambda x, v: bent(x, 1, 0, v, 0, 1, 0), TranslateYabs=lambda x, v: bent(x, 1, 0, 0, 0, 1, v))
-
-
 def augmented(config, io) -> dict:
     "The training crop with its boxes given, and each operation of RandAugment at the magnitude of the recipe"
     image, size, said = Image.fromarray(io['in.aug_image_uint8'].numpy()), config['config']['image_size'], config['randaug']
     crops = [normalised(cut(image, tuple(box), size, flip=bool(flip))) for *box, flip in io['in.crop_ijhw_flip'].tolist()]
-    limits = {name: (low, high) for name, low, high in said['randaug_ops_in_order']}
+    assert [[name, *OPERATIONS[name][1:3]] for name in OPERATIONS] == said['randaug_ops_in_order']
     out = {'out.mae_train_transform': torch.stack(crops)}
     for name, sign, value in said['values_at_m9']:
-        low, high = limits[name]
-        assert abs(low + 9/30*(high - low) - value) < 1e-9, name
-        done = OPERATIONS[name](image, value if sign == 'pos' else -value)
-        out[f'out.randaug_m9/{name}_{sign}'] = torch.from_numpy(np.array(done))
+        assert strength(name, 9) == value, f'{name}: {strength(name, 9)}, not {value}'
+        out[f'out.randaug_m9/{name}_{sign}'] = torch.from_numpy(np.array(operate(image, name, value if sign == 'pos' else -value)))
     return out
