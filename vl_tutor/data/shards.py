@@ -187,7 +187,7 @@ def check_file(folder: Path, shard: dict, verify: bool=False):
     if verify and sha256(file) != shard['sha256']:
         raise ValueError(f'the shard {file} is not what was packed')
 
-# %% ../../nbs/data/22_shards.ipynb #d1bac118
+# %% ../../nbs/data/22_shards.ipynb #0a27209c
 LOAN = 128                                                          # shards open at a time
 
 class ShardRows:
@@ -222,7 +222,10 @@ class ShardRows:
             self.open, self.groups, self.owner = OrderedDict(), OrderedDict(), os.getpid()
         name = shard['file']
         if name not in self.open:
-            self.open[name] = OPENS[name.rpartition('.')[2]](inside(self.folder, name))
+            found = OPENS[name.rpartition('.')[2]](inside(self.folder, name))
+            if (n := sum(found.chunks)) != shard.get('rows', n):
+                raise ValueError(f'the shard {name} is damaged: it has {n} rows, not {shard["rows"]}')
+            self.open[name] = found
             if hasattr(self.open[name], 'groups'): self.open[name].groups = self.groups   # parquet's, shared
         self.open.move_to_end(name)
         while len(self.open) > LOAN: self.open.popitem(last=False)
