@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import parity_captioner
+import parity_perceiver_vl
 import parity_simla
 import parity_uni_perceiver
 import parity_vlc     # noqa: F401  registers its checkers; tolerances are those of parity_words
@@ -11,7 +12,7 @@ import parity_words
 from parity_golden import CHECKERS, MANIFESTS, ROOT, compare, fixtures, manifests, named
 from vl_tutor.models.parity import read_golden
 
-TOLERANCES = dict(captioner=parity_captioner, simla=parity_simla, uni_perceiver=parity_uni_perceiver, vlc=parity_words)
+TOLERANCES = dict(captioner=parity_captioner, perceiver_vl=parity_perceiver_vl, simla=parity_simla, uni_perceiver=parity_uni_perceiver, vlc=parity_words)
 
 
 @pytest.mark.parametrize('name', fixtures() or ['(none)'])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPERATIONS', 'SIMLA_OPERATIONS', 'look_up', 'add_and_solarize', 'strength', 'operate', 'rand_augment', 'each_colour',
-           'stretch_table', 'equal_table', 'sharpened', 'inverted', 'warped', 'turned', 'simla_strength',
+           'stretch_table', 'equal_table', 'sharpened', 'inverted', 'warped', 'turned', 'brightened', 'simla_strength',
            'simla_augment', 'seeded', 'imagenet_train', 'mixed']
 
 # %% ../../nbs/data/29_augment.ipynb #ab786750
@@ -30,8 +30,8 @@ def add_and_solarize(image: Image.Image, value: float) -> Image.Image:
     x = np.asarray(image).astype(np.int64) + int(value)
     return ImageOps.solarize(Image.fromarray(x.clip(0, 255).astype(np.uint8)), 128)
 
-# %% ../../nbs/data/29_augment.ipynb #6029a987
-OPERATIONS: dict[str, tuple] = dict(          # name → (picture, value) → picture, value at magnitude 0, at 30, signed
+# %% ../../nbs/data/29_augment.ipynb #e9ce7450
+OPERATIONS: dict[str, tuple] = dict(    # (picture, value) → picture, value at magnitude 0, at 30, signed
     AutoContrast=(lambda x, v: ImageOps.autocontrast(x), 0, 1, False),
     Equalize=(lambda x, v: ImageOps.equalize(x), 0, 1, False),
     Rotate=(lambda x, v: x.rotate(v), 0, 30, True),
@@ -151,7 +151,7 @@ def warped(
     upper, lower = (at(i, 0) + across*(at(i, 1) - at(i, 0)) for i in (0, 1))
     return np.rint(upper + down*(lower - upper)).clip(0, 255).astype(np.uint8)
 
-# %% ../../nbs/data/29_augment.ipynb #3e998f17
+# %% ../../nbs/data/29_augment.ipynb #1837aade
 def turned(
     size: tuple[int, int],    # width, height, pixels
     degrees: float,           # against the clock
@@ -161,11 +161,15 @@ def turned(
     c, s = math.cos(a), math.sin(a)
     return [[c, s, (1 - c)*x - s*y], [-s, c, s*x + (1 - c)*y]]
 
+def brightened(image: np.ndarray, factor: float) -> np.ndarray:
+    "Every byte times a factor"
+    return (np.arange(256, dtype=np.float32)*factor).clip(0, 255).astype(np.uint8)[image]
+
 SIMLA_OPERATIONS: dict[str, tuple] = dict(     # name → (pixels, value) → pixels, value at level 10, signed
     Identity=(lambda x, v: x, 0, False),
     AutoContrast=(lambda x, v: each_colour(x, stretch_table), 0, False),
     Equalize=(lambda x, v: each_colour(x, equal_table), 0, False),
-    Brightness=(lambda x, v: (np.arange(256, dtype=np.float32)*v).clip(0, 255).astype(np.uint8)[x], 1.8, False),
+    Brightness=(brightened, 1.8, False),
     Sharpness=(sharpened, 1.8, False),
     ShearX=(lambda x, v: warped(x, [[1, v, 0], [0, 1, 0]]), .3, True),
     ShearY=(lambda x, v: warped(x, [[1, 0, 0], [v, 1, 0]]), .3, True),
@@ -198,7 +202,7 @@ def simla_augment(
         if happens < rate: x = f(x, simla_strength(name, level)*(-1 if signed and coin < .5 else 1))
     return Image.fromarray(x)
 
-# %% ../../nbs/data/29_augment.ipynb #06dd4515
+# %% ../../nbs/data/29_augment.ipynb #911d7396
 @contextmanager
 def seeded(
     generator=None,    # torch.Generator that gives the seed
@@ -228,7 +232,8 @@ def imagenet_train(
     view = cut(image, crop_box(image.size, generator=generator), side,
                flip=bool(torch.rand((), generator=generator) < .5))
     with seeded(generator):
-        view = rand_augment_transform(policy, dict(translate_const=int(side*.45), img_mean=(124, 116, 104)))(view)
+        change = rand_augment_transform(policy, dict(translate_const=int(side*.45), img_mean=(124, 116, 104)))
+        view = change(view)
         return RandomErasing(erase, mode='pixel', device='cpu')(normalised(view))
 
 # %% ../../nbs/data/29_augment.ipynb #15d4fc43

@@ -46,14 +46,15 @@ def tidy(
     "A caption as a word-level tokeniser wants it: lower case, marks on their own"
     return ' '.join(re.findall(r"\w+(?:[-.,]\w+)*'?|[^\w\s]", text.lower()))
 
-# %% ../../nbs/recipes/53_own_pictures.ipynb #83f390c9
+# %% ../../nbs/recipes/53_own_pictures.ipynb #44035994
 def more_words(
     tool: CaptionTool,     # with a word-level tokeniser
     texts: list[str],      # tidy captions
 ) -> CaptionTool:          # a copy that knows every word of them
     "Give the pen a row for each word it has not read before"
     old, config = tool.tokenizer, tool.model.config
-    if not isinstance(old, WordTokenizer): raise ValueError('only a word-level captioner can be given new words')
+    if not isinstance(old, WordTokenizer):
+        raise ValueError('only a word-level captioner can be given new words')
     known = old.tokens(range(len(old.SPECIALS), old.vocab_size))
     new = sorted({word for text in texts for word in text.split()} - set(known))
     tokenizer, state = WordTokenizer([*known, *new]), dict(tool.model.state_dict())
