@@ -219,7 +219,7 @@ class LabelTask(WorldTask):
 # %% ../../nbs/world/12_tasks.ipynb #ce9d7c0e
 HOMES = dict(caption='tasks', paraphrase='tasks', label='tasks', referring='referring',
              question='questions', statement_pair='statements', entailment='statements',
-             clip_caption='clips', clip_question='clips')
+             clip_caption='clips', clip_question='clips', clip_label='clips')
 
 class Register(Mapping):
     "Tasks by name; a task's module is imported when somebody asks for it"
