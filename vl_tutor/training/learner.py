@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from .objectives import combine
 from ..data.annotations import collate
+from .layer_decay import OldAdamW
 from .resume import Checkpoints, StepLog
 with warnings.catch_warnings():   # fastai's own imports warn about pandas and torch.jit
     warnings.simplefilter('ignore')
@@ -354,7 +355,7 @@ def refuse_settings(precision: str, kind: str, optimizer: str, accumulate: int):
     if accumulate < 1: raise ValueError(f'a step takes at least one batch, not {accumulate}')
 
 # %% ../../nbs/training/31_learner.ipynb #aea1f1d2
-OPTIMIZERS = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam)
+OPTIMIZERS = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam, transformers_adamw=OldAdamW)
 
 def make_learner(
     model: nn.Module,                # what learns
@@ -367,7 +368,7 @@ def make_learner(
     betas: tuple=(.9, .98),          # of Adam
     eps: float=1e-8,                 # of Adam
     groups=None,                     # model → list of parameter groups; None: one group, all of it decays
-    optimizer: str='adamw',          # or 'adam'
+    optimizer: str='adamw',          # or 'adam', 'transformers_adamw' (chapter 38)
     schedule: Schedule|None=None,    # `WarmupThenConstant`, `WarmupThenCosine`; None: constant
     accumulate: int=1,               # batches a step
     clip: float|None=None,           # largest norm of the gradient
