@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KS', 'match_score', 'score_all_ref', 'text_lengths', 'same_length', 'score_pairs', 'fingerprint', 'open_scores',
-           'empty_scores', 'score_all', 'score_rows', 'Cost', 'si', 'evaluation_cost', 'bar', 'Recall', 'checked',
+           'empty_scores', 'score_all', 'fill_table', 'Cost', 'si', 'evaluation_cost', 'bar', 'Recall', 'checked',
            'hit_chance', 'recall', 'published_recall', 'recall_ref']
 
 # %% ../../nbs/training/38_retrieval.ipynb #ac452edc
@@ -108,45 +108,56 @@ def empty_scores(path: Path, shape: tuple[int, int]):
     "A table of NaN"
     with open(path, 'wb') as f: np.save(f, np.full(shape, np.nan, np.float32))
 
-# %% ../../nbs/training/38_retrieval.ipynb #82397657
+# %% ../../nbs/training/38_retrieval.ipynb #95fed83b
 def score_all(
     model: nn.Module,                   # with `see`
-    images,                             # normalised pixels `(b 3 s s)`, or anything whose slices are such
+    images,                             # normalised pixels `(b 3 s s)`, a list of pictures, or whatever has such slices
     ids: Tensor,                        # texts `(t n)`
     mask: Tensor|None=None,             # True at real words `(t n)`
     *,
     score: Callable|None=None,          # (seen, ids, None) → `(b)`; None: `match_score`
+    see: Callable|None=None,            # pictures → seen; None: `model.see`
     batch_size: int=256,                # pairs at once
     progress: Callable|None=None,       # hears of pairs done and pairs in all
     file: str|Path|None=None,           # .npy; stopped at any time, the next call goes on there
 ) -> Tensor:                            # `(b t)`; higher fits better
     "Every picture against every text, each picture embedded once (Kim et al. 2021, §4.3)"
-    score, device = score or match_score(model), next(model.parameters()).device
-    groups, shape, ids = same_length(text_lengths(ids, mask)), (len(images), len(ids)), ids.to(device)
+    groups, shape, was = same_length(text_lengths(ids, mask)), (len(images), len(ids)), model.training
     if not all(shape): raise ValueError(f'{shape[0]} pictures and {shape[1]} texts: nothing to score')
-    said = lambda: dict(texts=fingerprint(ids, mask), pictures=fingerprint(images[:1], images[-1:]),
+    said = lambda: dict(texts=fingerprint(ids, mask), pictures=fingerprint(*images[:1], *images[-1:]),
                         weights=fingerprint(*model.state_dict().values()))
     table = np.full(shape, np.nan, np.float32) if file is None else open_scores(Path(file), shape, said())
-    step = max(1, min(batch_size, -(-batch_size*len(groups)//shape[1])))     # pictures at once
-    was = model.training
     model.eval()
-    try:
-        for at in range(0, shape[0], step):
-            if progress: progress(at*shape[1], shape[0]*shape[1])
-            if np.isfinite(table[at:at + step]).all(): continue
-            part = images[at:at + step].to(device)
-            table[at:at + step] = score_rows(model, part, ids, groups, score=score, batch_size=batch_size)
+    how = dict(see=see or model.see, score=score or match_score(model), device=next(model.parameters()).device)
+    try: fill_table(table, images, ids, groups, **how, batch_size=batch_size, progress=progress)
     finally: model.train(was)
-    if progress: progress(shape[0]*shape[1], shape[0]*shape[1])
     return torch.from_numpy(np.array(table))
 
 @torch.no_grad()
-def score_rows(model: nn.Module, images: Tensor, ids: Tensor, groups: list, **how) -> np.ndarray:
-    "A few pictures against all texts, length by length"
-    seen, rows = model.see(images), torch.empty(len(images), len(ids))
-    for n, texts in groups: rows[:, texts] = score_pairs(seen, ids[texts, :n], **how).cpu()
-    if not rows.isfinite().all(): raise ValueError('the model gave scores that are not numbers')
-    return rows.numpy()
+def fill_table(
+    table: np.ndarray,          # scores, NaN where there is none yet `(b t)`; changed in place
+    images, ids: Tensor,        # as in `score_all`
+    groups: list,               # from `same_length`
+    *,
+    see: Callable, score: Callable,
+    device: torch.device,
+    batch_size: int,
+    progress: Callable|None,
+):
+    "Pictures few by few, texts length by length; what is there already stays"
+    done, to = 0, lambda part: part.to(device) if isinstance(part, Tensor) else [x.to(device) for x in part]
+    step = max(1, min(batch_size, -(-batch_size*len(groups)//len(ids))))     # pictures that fill a batch
+    for at in range(0, len(images), step):
+        rows, seen = slice(at, min(at + step, len(images))), None
+        for n, texts in groups:
+            cells = rows, texts.numpy()
+            if np.isnan(table[cells]).any():
+                if seen is None: seen = see(to(images[rows]))   # once for all texts
+                part = score_pairs(seen, ids[texts, :n].to(device), score=score, batch_size=batch_size)
+                if not part.isfinite().all(): raise ValueError('the model gave scores that are not numbers')
+                table[cells] = part.cpu().numpy()
+            done += (rows.stop - at)*len(texts)
+            if progress: progress(done, table.size)
 
 # %% ../../nbs/training/38_retrieval.ipynb #a384dbf0
 class Cost(NamedTuple):
