@@ -170,7 +170,7 @@ class Recipe:
     epochs: int = 1         # passes over them; a world is endless, so one
     seed: int = 0           # of weights and of data
 
-# %% ../../nbs/recipes/47_pretraining.ipynb #5c1cccb0
+# %% ../../nbs/recipes/47_pretraining.ipynb #c0ad260d
 def train(
     model: nn.Module,          # what learns
     objective: Callable,       # (model, batch) → dict of named losses
@@ -181,6 +181,7 @@ def train(
     metrics=(),                # (model, batch) → number, shown after each epoch
     valid=None,                # indices → batch, for validation
     valid_size: int=512,       # samples of it
+    weights=None,              # factor of each part of the loss, 1 where none is given
     cbs=(),                    # more callbacks
 ):
     "One resumable run: a Learner with warm-up and cosine, a checkpoint every 500 steps and a log"
@@ -189,7 +190,7 @@ def train(
     folder, size = Path(folder), recipe.samples//recipe.epochs
     dls = dict_loaders(Samples(data, size), valid and Samples(valid, valid_size),
                        bs=recipe.batch_size, valid_bs=256, seed=recipe.seed)
-    learn = make_learner(model, dls, objective, lr=recipe.lr, clip=1.,
+    learn = make_learner(model, dls, objective, weights=weights, lr=recipe.lr, clip=1.,
         groups=lambda m: param_groups(m, wd=recipe.wd), schedule=WarmupThenCosine(recipe.warmup),
         metrics=metrics, cbs=[StepLog(folder/'log.csv', 50), Checkpoints(folder/'run', 500), *cbs])
     learn.fit(recipe.epochs)
