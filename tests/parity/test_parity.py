@@ -8,6 +8,7 @@ import parity_perceiver_vl
 import parity_simla
 import parity_uni_perceiver
 import parity_vlc     # noqa: F401  registers its checkers; tolerances are those of parity_words
+import parity_vlc_pictures     # noqa: F401
 import parity_words
 from parity_golden import CHECKERS, MANIFESTS, ROOT, compare, fixtures, manifests, named
 from vl_tutor.models.parity import read_golden

@@ -1,0 +1,110 @@
+"How the fixtures of pictures alone, of stretched tables and of ViLT are built from their own config.json."
+import torch
+import torch.nn.functional as F
+from vl_tutor.models.backbones import bert_embedding_rules, both
+from vl_tutor.models.mae import MAE, ViTTrunk, drop_patches, pixel_loss
+from vl_tutor.models.parity import trace
+from vl_tutor.models.vilt import choose_patches, published_patches, real_patches, see_ragged
+from vl_tutor.models.vlc import VLC, VLCConfig
+from vl_tutor.primitives.patches import patchify, unpatchify
+from vl_tutor.primitives.positions import resize_positions, sincos_2d
+from vl_tutor.training.checkpoints import KeyMap
+from vl_tutor.training.transport import word_patch_loss
+from parity_golden import checker, fill
+
+
+def block_rules(theirs: str, ours: str) -> list:
+    names = {'norm1': 'norm1', 'norm2': 'norm2', 'attn.qkv': 'attn.to_qkv', 'attn.proj': 'attn.to_out', 'mlp.fc1': 'mlp.up', 'mlp.fc2': 'mlp.down'}
+    return [rule for a, b in names.items() for rule in both(f'{theirs}{{i}}.{a}', f'{ours}{{i}}.{b}')]
+
+
+def trunk_rules(theirs: str, ours: str='trunk.') -> list:
+    return [(theirs + 'cls_token', ours + 'cls', 'squeeze squeeze'), (theirs + 'pos_embed', ours + 'positions', 'squeeze'), *both(theirs + 'patch_embed.proj', ours + 'patches.proj'),
+            *block_rules(theirs + 'blocks.', ours + 'encoder.blocks.'), *both(theirs + 'norm', ours + 'norm')]
+
+
+def decoder_rules(theirs: str) -> list:
+    return [(theirs + 'mask_token', 'decoder.mask', 'squeeze squeeze'), (theirs + 'decoder_pos_embed', 'decoder.positions', 'squeeze'), *both(theirs + 'decoder_embed', 'decoder.embed'),
+            *block_rules(theirs + 'decoder_blocks.', 'decoder.blocks.blocks.'), *both(theirs + 'decoder_norm', 'decoder.norm'), *both(theirs + 'decoder_pred', 'decoder.pixels')]
+
+
+def head_rules() -> list:
+    return [('token_type_embeddings.weight', 'modality.weight'), *both('pooler.dense', 'pooler'), *both('mlm_score.transform.dense', 'heads.mlm.dense'), *both('mlm_score.transform.LayerNorm', 'heads.mlm.norm'),
+            ('mlm_score.decoder.weight', 'heads.mlm.words.weight'), ('mlm_score.bias', 'heads.mlm.bias'), *both('itm_score.fc', 'heads.itm'), *both('vqa_classifier.{i}', 'heads.vqa.{i}')]
+
+
+def sized(c: dict, **more) -> VLCConfig:
+    "The configuration of a ViLT fixture"
+    return VLCConfig(c['image_size'], c['patch_size'], c['hidden_size'], c['num_layers'], c['num_heads'], int(c['hidden_size']*c['mlp_ratio']),
+                     c['vocab_size'], c['max_text_len'], decoder_layers=0, positions='learned', answers=c['labels'], **more)
+
+
+def soft_targets(labels: torch.Tensor, scores: torch.Tensor, answers: int) -> torch.Tensor:
+    "A row of scores over all answers; label -1 is an unused place"
+    return torch.zeros(len(labels), answers + 1).scatter(1, labels.masked_fill(labels < 0, answers), scores)[:, :-1]
+
+
+@checker('vlc/vilt')
+@torch.no_grad()
+def vilt(config, weights, io):
+    c = config['config']
+    given = {k.removeprefix('in.'): v for k, v in io.items() if k.startswith('in.')}
+    rules = [*bert_embedding_rules(), *trunk_rules('transformer.'), *head_rules()]
+    model = fill(VLC(sized(c, tasks=('mlm', 'itm', 'vqa'))), KeyMap(rules, drop=['text_embeddings.position_ids']), weights)
+    picks, ids, mask = [given[f'select_row{b}'] for b in range(len(c['hw']))], given['text_ids'], given['text_masks']
+
+    def see(images):
+        "As published, the padding guessed from pixels, which must say the same as the true sizes"
+        valid = published_patches(images, c['patch_size'])
+        assert torch.equal(valid, real_patches(c['hw'], c['patch_size'], grid=valid.shape[1:]))
+        return see_ragged(model, images, valid, limit=c['max_image_len'], picks=picks), choose_patches(valid, c['max_image_len'], picks=picks)
+
+    seen, cut = see(given['image'])
+    with trace(model) as parts: read = model(seen, ids, mask)
+    out = {'out.visual_embed': seen.tokens, 'out.image_masks': seen.keep.long(), 'out.patch_index': cut.places}
+    out |= {f'out.block{i}': parts[f'trunk.encoder.blocks.{i}'] for i in range(c['num_layers'])}
+    out |= {'out.text_feats': read.text, 'out.image_feats': read.image, 'out.cls_feats': read.pooled}
+    words = model.head('mlm')(model(seen, given['text_ids_mlm'], mask).text)
+    out |= {'out.mlm_logits': words, 'out.mlm_loss': F.cross_entropy(words.flatten(0, 1), given['text_labels_mlm'].flatten(), ignore_index=-100)}
+    answers = model.head('vqa')(read.pooled)
+    target = soft_targets(given['vqa_labels'], given['vqa_scores'], c['labels'])
+    out |= {'out.vqa_logits': answers, 'out.vqa_loss': F.binary_cross_entropy_with_logits(answers, target)*c['labels']}
+    return out | matching(model, given, see)
+
+
+def matching(model, given: dict, see) -> dict:
+    "Half of the pictures exchanged, the shuffle of the labels given; then matching and transport"
+    b = len(given['image'])
+    matched = (torch.arange(b) < b//2).float()[given['itm_perm']]
+    seen, _ = see(torch.where(matched[:, None, None, None] == 1, given['image'], given['false_image_0']))
+    read = model(seen, given['text_ids'], given['text_masks'])
+    logits = model.head('itm')(read.pooled)
+    moved = word_patch_loss(read.text, read.image, given['text_masks'], matched, image_keep=seen.keep)
+    return {'out.itm_labels': matched, 'out.itm_logits': logits, 'out.itm_loss': F.cross_entropy(logits, matched.long()), 'out.itm_wpa_loss': moved}
+
+
+@checker('vlc/mae')
+@torch.no_grad()
+def mae(config, weights, io):
+    c, images, noise = config['config'], io['in.image'], io['in.noise']
+    trunk = ViTTrunk(image_size=c['image_size'], patch_size=c['patch_size'], width=c['hidden_size'], layers=c['num_layers'], heads=c['num_heads'],
+                     hidden=int(c['hidden_size']*c['mlp_ratio']))
+    model = fill(MAE(trunk, dim=c['dec_dim'], layers=c['dec_depth'], heads=c['dec_heads']), KeyMap([*trunk_rules(''), *decoder_rules('')]), weights)
+    got, patch = model(images, noise=noise, ratio=c['mask_ratio']), c['patch_size']
+    losses = {f'out.loss_norm_pix_{normal}': pixel_loss(got['pixels'], images, got['mask'], patch=patch, normalise=normal) for normal in (False, True)}
+    return losses | {'out.latent': got['latent'], 'out.pred': got['pixels'], 'out.mask': got['mask'], 'out.ids_restore': got['restore'],
+                     'out.ids_keep': drop_patches(noise, c['mask_ratio']).ids, 'out.patchify': patchify(images, patch), 'out.unpatchify_pred': unpatchify(got['pixels'], patch)}
+
+
+@checker('vlc/pos_embed')
+def pos_embed(config, weights, io):
+    c, out = config['config'], {}
+    for old, new, width, decoder_width in c['cases']:
+        case = f'case_{old}to{new}'
+        for name, d in (('pos_embed', width), ('decoder_pos_embed', decoder_width)):
+            table = weights[f'{case}/{name}']
+            assert table.shape == (1, 1 + old*old, d)
+            out[f'out.{case}/{name}_interpolated'] = resize_positions(table, (old, old), (new, new))
+    for d, grid in c['sincos']: out[f'out.sincos_dim{d}_grid{grid}'] = sincos_2d(grid, grid, d, extra=1)[None]
+    for d, grid, rows in c['sincos_rows']: out[f'out.sincos_dim{d}_grid{grid}_rows'] = sincos_2d(grid, grid, d, extra=1)[None, rows]
+    return out
