@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HONEST', 'INKS', 'TRIES', 'HEAD_LOOK', 'CaptionDesk', 'introduce', 'in_a_sentence', 'guard', 'guard_board',
-           'drawing_board', 'scene_tab', 'sample_files', 'own_tabs', 'choices', 'wire', 'build_demo', 'launch_demo']
+           'drawing_board', 'scene_tab', 'sample_files', 'own_tabs', 'choices', 'wire', 'build_demo', 'serve',
+           'launch_demo']
 
 # %% ../../nbs/demos/60_captioning.ipynb #ca290a67
 import html, os, threading
@@ -115,19 +116,20 @@ def guard_board(
     board.convert_and_format_image = in_a_sentence(convert)
     return board
 
-# %% ../../nbs/demos/60_captioning.ipynb #cedb76ba
+# %% ../../nbs/demos/60_captioning.ipynb #82597868
 INKS = ['#DB2121', '#219E2E', '#2957E6', '#F5DB1A', '#9433C2', '#F7850F']   # the world's six colours
 
 def drawing_board(
-    side: int=384,    # pixels
-):                    # a gradio Sketchpad
+    side: int=384,          # pixels
+    name: str='board',      # in the page's HTML, once on a page
+):                          # a gradio Sketchpad
     "A grey wall and the six colours of the world"
     import gradio as gr
     brush = gr.Brush(default_size=14, colors=INKS, default_color=INKS[0], color_mode='fixed')
     sheet = dict(canvas_size=(side, side), fixed_canvas=True, height=side + 90, show_label=False)
     tools = dict(brush=brush, eraser=gr.Eraser(default_size=24), layers=False, transforms=())
     wall = Image.new('RGB', (side, side), '#E6E6E6')    # with a wall to paint on, the brush is in hand
-    return guard_board(gr.Sketchpad(wall, type='pil', image_mode='RGB', elem_id='board', **sheet, **tools))
+    return guard_board(gr.Sketchpad(wall, type='pil', image_mode='RGB', elem_id=name, **sheet, **tools))
 
 # %% ../../nbs/demos/60_captioning.ipynb #cd0043f1
 TRIES = {'two digits': ['digits', 'pair', 3], 'one shape': ['shapes', 'one', 8],
@@ -252,27 +254,34 @@ def build_demo(
         wire(desk, demo, at, controls, [said, view])
     return demo.queue(max_size=128, default_concurrency_limit=4)
 
-# %% ../../nbs/demos/60_captioning.ipynb #b03a564c
+# %% ../../nbs/demos/60_captioning.ipynb #e4efb47e
 HEAD_LOOK = """
 .vlt-head h1{font-size:1.7rem;margin:0 0 .2rem}
 .vlt-head p{max-width:62rem;margin:.2rem 0;line-height:1.5}
 """
 
-def launch_demo(
-    tool=None,                    # a `CaptionTool`; the bundled weights if None
+def serve(
+    demo,                         # a page, built
     *,
     host: str='127.0.0.1',        # who may come: this machine only, unless asked otherwise
     port: int|None=None,          # the first free one from 7860 if None
     wait: bool=True,              # stay until Ctrl-C
     browser: bool=False,          # open one
     max_file_size: str='10mb',    # of an upload
+    look: str='',                 # CSS of its own
 ):                                # the running page; `.close()` ends it
-    "Serve the page to this machine alone unless asked, with nothing shared and nothing looked up outside"
-    demo = build_demo(tool)
+    "Serve a page to this machine alone unless asked, with nothing shared and nothing looked up outside"
     import gradio as gr
     fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['monospace'])     # none fetched from elsewhere
     theme = gr.themes.Default(primary_hue='blue', neutral_hue='slate', **fonts)
     demo.launch(server_name=host, server_port=port, share=False, ssr_mode=False, prevent_thread_lock=not wait,
                 inbrowser=browser, inline=False, quiet=True, max_file_size=max_file_size, footer_links=[],
-                theme=theme, css=HEAD_LOOK + style_sheet())
+                theme=theme, css=HEAD_LOOK + style_sheet() + look)
     return demo
+
+def launch_demo(
+    tool=None,    # a `CaptionTool`; the bundled weights if None
+    **how,        # of `serve`
+):                # the running page
+    "Build the captioning page and serve it"
+    return serve(build_demo(tool), **how)
