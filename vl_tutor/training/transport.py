@@ -146,7 +146,7 @@ def word_patch_loss(
     sign = torch.where(matched.bool(), 1., -1.)
     return weight*(transport_distance(cost, plan)*sign).mean()
 
-# %% ../../nbs/training/38_transport.ipynb #8e22f3b6
+# %% ../../nbs/training/38_transport.ipynb #cf5a6e78
 def stand_out(
     maps: Tensor,   # one row of weights for every word `(… p)`
 ) -> Tensor:        # 0 to 1 `(… p)`; all 0 where no patch stands out
@@ -156,6 +156,7 @@ def stand_out(
     low, high = level.amin(-1, keepdim=True), level.amax(-1, keepdim=True)
     return ((level - low)/(high - low)).nan_to_num(0.)
 
+# %% ../../nbs/training/38_transport.ipynb #40c0d1e2
 @torch.no_grad()
 def heat_maps(
     text: Tensor,              # final tokens of the text `(b n d)`
