@@ -34,6 +34,7 @@ class VLCConfig:
     tasks: tuple[str, ...] = ('mlm', 'itm') # heads, names in `HEADS`
     answers: int = 3129                     # classes of the answer head
     positions: str = 'sincos'               # or 'learned', as in ViLT
+    decoder_hidden: int|None = None         # its feed-forward width; 4 times its width if None
 
 # %% ../../nbs/models/42_vlc.ipynb #4189eb54
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ class VLC(nn.Module):
         self.trunk = ViTTrunk(image_size=c.image_size, patch_size=c.patch_size, width=c.width,
             layers=c.layers, heads=c.heads, hidden=c.hidden, positions=c.positions)
         self.decoder = PixelDecoder(c.width, grid=self.trunk.patches.grid, patch_size=c.patch_size,
-            dim=c.decoder_width, layers=c.decoder_layers, heads=c.decoder_heads) if c.decoder_layers else None
+            dim=c.decoder_width, layers=c.decoder_layers, heads=c.decoder_heads,
+            hidden=c.decoder_hidden) if c.decoder_layers else None
         self.pooler = nn.Linear(c.width, c.width)
         self.heads = nn.ModuleDict({name: HEADS[name](c) for name in c.tasks})
 
