@@ -41,7 +41,7 @@ def transport_plan_ref(
         plan = rows[:, None]*pull*columns
     return plan
 
-# %% ../../nbs/training/38_transport.ipynb #8e1581d7
+# %% ../../nbs/training/38_transport.ipynb #0b121ecd
 @torch.no_grad()
 def released_plan(
     cost: Tensor,        # `(b n p)`, from `align_cost`
@@ -57,11 +57,12 @@ def released_plan(
     far_n, far_p = text_pad*1e4, image_pad*1e4
     kernel = torch.exp(-cost.mT/beta).masked_fill(skip, 0.)
     plan, columns = torch.ones_like(kernel).masked_fill(skip, 0.), (~text_pad).to(cost.dtype)/n
-    for _ in range(steps):
-        pull = kernel*plan
-        rows = 1/(p*(pull @ columns[..., None])[..., 0] + far_p)
-        columns = 1/(n*(rows[:, None] @ pull)[:, 0] + far_n)
-        plan = rows[..., None]*pull*columns[:, None]
+    with torch.autocast(cost.device.type, enabled=False):
+        for _ in range(steps):
+            pull = kernel*plan
+            rows = 1/(p*(pull @ columns[..., None])[..., 0] + far_p)
+            columns = 1/(n*(rows[:, None] @ pull)[:, 0] + far_n)
+            plan = rows[..., None]*pull*columns[:, None]
     return plan.masked_fill(skip, 0.)
 
 # %% ../../nbs/training/38_transport.ipynb #8a91442f
@@ -146,12 +147,13 @@ def word_patch_loss(
     sign = torch.where(matched.bool(), 1., -1.)
     return weight*(transport_distance(cost, plan)*sign).mean()
 
-# %% ../../nbs/training/38_transport.ipynb #cf5a6e78
+# %% ../../nbs/training/38_transport.ipynb #7d92429c
 def stand_out(
     maps: Tensor,   # one row of weights for every word `(… p)`
 ) -> Tensor:        # 0 to 1 `(… p)`; all 0 where no patch stands out
     "How many standard deviations above the mean, cut to 1..3, then stretched to 0..1"
-    level = (maps - maps.mean(-1, keepdim=True))/maps.std(-1, keepdim=True)
+    spread = maps.std(-1, keepdim=True, correction=min(1, maps.shape[-1] - 1))
+    level = (maps - maps.mean(-1, keepdim=True))/spread
     level = level.nan_to_num(0.).clamp(1, 3)
     low, high = level.amin(-1, keepdim=True), level.amax(-1, keepdim=True)
     return ((level - low)/(high - low)).nan_to_num(0.)
