@@ -94,7 +94,7 @@ def pretraining_groups(
     parts = [f'*{part}*' for part in UNDECAYED]
     return param_groups_weight_decay(model, wd, weight_decay_exclude_1d=False, no_weight_decay_list=parts)
 
-# %% ../../nbs/training/38_layer_decay.ipynb #bf7da045
+# %% ../../nbs/training/38_layer_decay.ipynb #4e7105de
 def freeze(
     model: nn.Module,    # changed in place
     *parts: str,         # beginnings of names
@@ -106,6 +106,7 @@ def freeze(
         for p in found: p.requires_grad_(False)
     return model
 
+# %% ../../nbs/training/38_layer_decay.ipynb #d6fccdf5
 def group_table(
     model: nn.Module,
     groups: list[dict],   # made for this model
