@@ -4,7 +4,7 @@
 __all__ = ['KIND', 'parts_of', 'shuffled', 'best_choices', 'truth_of', 'blind_choices', 'credit', 'official', 'table_of',
            'fields_of', 'choice_scores', 'more_questions', 'Pictures', 'retrieval_scores', 'score_task']
 
-# %% ../../nbs/recipes/56_task_scores.ipynb #45a4eebe
+# %% ../../nbs/recipes/56_task_scores.ipynb #35cf014e
 from collections import Counter
 from collections.abc import Callable
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.answers import vqa_accuracy
 from .task_data import TASKS, TaskData
 from ..training.retrieval import recall, score_all
-from ..world.tasks import TextOnly
+from ..world.tasks import TextOnly, WorldTask
 
 # %% ../../nbs/recipes/56_task_scores.ipynb #b76d528b
 def parts_of(
@@ -50,7 +50,7 @@ def best_choices(
     model.train(was)
     return said
 
-# %% ../../nbs/recipes/56_task_scores.ipynb #23dbcafa
+# %% ../../nbs/recipes/56_task_scores.ipynb #a4512500
 def truth_of(
     found: dict,       # of `texts`: all fields but pictures
     task: str,
@@ -66,11 +66,18 @@ def blind_choices(
     task: str,
 ) -> dict[str, list]:  # text: from its words alone; majority: always the commonest
     "What two readers say who see no picture"
-    right, field = truth_of(known, task), TASKS[task].text
-    n, often = len(truth_of(found, task)), Counter(right).most_common(1)[0][0]
-    said = dict(majority=[often]*n)
-    if field: said['text'] = TextOnly().fit(known[field], right).predict(found[field])
-    return said
+    right, field, said = truth_of(known, task), TASKS[task].text, {}
+    sort = 'kind' if 'kind' in known and 'kind' in found else None
+    kinds = [them[sort] if sort else ['']*len(truth_of(them, task)) for them in (known, found)]
+    for kind in dict.fromkeys(kinds[1]):
+        rows = [i for i, k in enumerate(kinds[0]) if k == kind] or range(len(right))
+        here, asked = [right[i] for i in rows], [i for i, k in enumerate(kinds[1]) if k == kind]
+        guesses = dict(majority=[Counter(here).most_common(1)[0][0]]*len(asked))
+        if field:
+            reader = TextOnly().fit([known[field][i] for i in rows], here)
+            guesses['text'] = reader.predict([found[field][i] for i in asked])
+        for who, them in guesses.items(): said.setdefault(who, {}).update(zip(asked, them))
+    return {who: [them[i] for i in range(len(kinds[1]))] for who, them in said.items()}
 
 # %% ../../nbs/recipes/56_task_scores.ipynb #a0cb7160
 def credit(
@@ -104,7 +111,7 @@ def table_of(
     for i, kind in enumerate(kinds or []): groups.setdefault(kind, []).append(i)
     return {kind: share(rows) for kind, rows in groups.items()}
 
-# %% ../../nbs/recipes/56_task_scores.ipynb #7241b591
+# %% ../../nbs/recipes/56_task_scores.ipynb #3a02c3e9
 def fields_of(
     source,            # from `open_source`
     most: int,         # samples
@@ -117,7 +124,7 @@ def choice_scores(
     data: TaskData,
     *,
     known=None,              # a source of training samples, for the blind readers
-    learnt: int=5000,        # of them
+    learnt: int=5000,        # of them; four times as many of the world, which has few words
     progress: Callable|None=None,
 ) -> tuple[dict, list]:      # table of scores; what was chosen
     "Questions, pairs and classes: the share that is right, beside baselines that do not see"
@@ -126,8 +133,10 @@ def choice_scores(
     named = (lambda row: names[row[0]]) if task == 'questions' else (lambda row: row[0])
     said = {who: [named(row) for row in rows] for who, rows in chosen.items()}
     if task == 'questions' and not any(found['answers']): return {}, said['seen']
-    if known is not None: said |= blind_choices(fields_of(known, learnt), found, task)
-    kinds = next((found[k] for k in KIND if k in found), None)
+    if known is not None:
+        learnt *= 4 if isinstance(known, WorldTask) else 1
+        said |= blind_choices(fields_of(known, learnt), found, task)
+    kinds = next((found[k] for k in KIND if k in found and len(set(found[k])) <= 30), None)
     scores = table_of({who: credit(them, found, task) for who, them in said.items()}, kinds)
     if task == 'questions': scores |= more_questions(said, found, set(names))
     if task == 'classes':
