@@ -11,6 +11,7 @@ import parity_vlc     # noqa: F401  registers its checkers; tolerances are those
 import parity_vlc_models     # noqa: F401
 import parity_vlc_pictures     # noqa: F401
 import parity_vlc_scores     # noqa: F401
+import parity_vlc_training
 import parity_words
 from parity_golden import CHECKERS, MANIFESTS, ROOT, compare, fixtures, manifests, named
 from vl_tutor.models.parity import read_golden
@@ -39,3 +40,7 @@ def test_manifest(name):
     system = Path(name).parts[0]
     assert system in MANIFESTS, f'{LISTS/name} is tested by nobody'
     MANIFESTS[system](Path(name).name, json.loads((LISTS/name).read_text()))
+
+
+@pytest.mark.parametrize('name', parity_vlc_training.group_lists(parity_vlc_training.LISTS))
+def test_group_list(name): parity_vlc_training.check_group_list(name)
