@@ -1,12 +1,10 @@
 "How the fixtures of transport and of retrieval evaluation are built from their own config.json."
 import torch
-from vl_tutor.models.backbones import bert_embedding_rules, both
-from vl_tutor.models.vlc import VLC, VLCConfig
-from vl_tutor.training.checkpoints import KeyMap
+from vl_tutor.models.vlc_files import load_vlc_weights
 from vl_tutor.training.retrieval import match_score, published_recall, recall, score_all, score_all_ref
 from vl_tutor.training.transport import align_cost, log_plan, released_plan, transport_distance
-from parity_golden import checker, fill
-from parity_vlc_pictures import decoder_rules, head_rules, trunk_rules
+from parity_golden import checker
+from parity_vlc_models import sized
 
 KS = (1, 5, 10)
 
@@ -32,23 +30,14 @@ def check_logs(cost, pads, plan, beta, steps):
     torch.testing.assert_close(logs[whole], plan[whole], atol=2e-5, rtol=1e-3)
 
 
-def rules() -> list:
-    "Every tensor that a retrieval checkpoint may hold"
-    t = 'transformer.'
-    return [*bert_embedding_rules(), *trunk_rules(t), *decoder_rules(t), *head_rules(), *both('rank_output', 'heads.rank')]
-
-
-def retriever(c: dict, weights: dict) -> VLC:
-    "A retrieval model with the fixture's weights, sizes read from its config.json and heads from its keys"
-    tasks = tuple(name for name, key in dict(mlm='mlm_score.bias', itm='itm_score.fc.bias', rank='rank_output.bias').items() if key in weights)
-    model = VLC(VLCConfig(c['image_size'], c['patch_size'], c['hidden_size'], c['num_layers'], c['num_heads'], int(c['mlp_ratio']*c['hidden_size']), c['vocab_size'],
-                          c['max_text_len'], c['dec_dim'], c['dec_depth'], c['dec_heads'], len(weights['token_type_embeddings.weight']), tasks))
-    return fill(model, KeyMap(rules(), drop=['text_embeddings.position_ids']), weights)
+HEADS = dict(mlm='mlm_score.bias', itm='itm_score.fc.bias', rank='rank_output.bias')
 
 
 @checker('vlc/retrieval_eval')
 def retrieval_eval(config, weights, io):
-    model, texts, owner = retriever(config['config'], weights), (io['in.text_ids'], io['in.text_masks']), io['in.text_img_index']
+    tasks = [name for name, key in HEADS.items() if key in weights]
+    model = load_vlc_weights(weights, config=sized(config['config'], *tasks))
+    texts, owner = (io['in.text_ids'], io['in.text_masks']), io['in.text_img_index']
     scores = score_all(model, io['in.image'], *texts, batch_size=17)
     slow = score_all_ref(model, io['in.image'][:2], texts[0], texts[1], match_score(model))
     torch.testing.assert_close(scores[:2], slow, atol=2e-5, rtol=2e-5)

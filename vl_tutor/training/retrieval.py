@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KS', 'match_score', 'score_all_ref', 'text_lengths', 'same_length', 'score_pairs', 'fingerprint', 'open_scores',
-           'empty_scores', 'score_all', 'fill_table', 'Cost', 'si', 'evaluation_cost', 'bar', 'Recall', 'checked',
-           'hit_chance', 'recall', 'published_recall', 'recall_ref']
+           'empty_scores', 'fill_table', 'score_all', 'Cost', 'si', 'evaluation_cost', 'bar', 'Recall', 'recall_ref',
+           'hit_chance', 'checked', 'recall', 'published_recall']
 
 # %% ../../nbs/training/38_retrieval.ipynb #ac452edc
 import hashlib, json, math
@@ -42,7 +42,7 @@ def score_all_ref(
     pair = lambda i, t: score(model.see(images[i:i+1]), ids[t:t+1], mask[t:t+1])
     return torch.stack([torch.cat([pair(i, t) for t in range(len(ids))]) for i in range(len(images))])
 
-# %% ../../nbs/training/38_retrieval.ipynb #67a8bd4d
+# %% ../../nbs/training/38_retrieval.ipynb #4a2d37be
 def text_lengths(
     ids: Tensor,          # texts `(t n)`
     mask: Tensor|None,    # True at real words `(t n)`; all of them if None
@@ -56,6 +56,7 @@ def text_lengths(
         raise ValueError(f'text {wrong.int().argmax().item()} is empty or has padding before its end')
     return lengths.cpu()
 
+# %% ../../nbs/training/38_retrieval.ipynb #5cf6b131
 def same_length(lengths: Tensor) -> list[tuple[int, Tensor]]:   # length, numbers of the texts
     "Texts in groups of one length: nothing is padded"
     return [(n, (lengths == n).nonzero()[:, 0]) for n in lengths.unique().tolist()]
@@ -75,7 +76,7 @@ def score_pairs(
     parts = [score(seen[rows[:, 0]], ids[rows[:, 1]], None).float() for rows in pairs.split(batch_size)]
     return torch.cat(parts).unflatten(0, (b, t))
 
-# %% ../../nbs/training/38_retrieval.ipynb #e4cdeb54
+# %% ../../nbs/training/38_retrieval.ipynb #a5439a01
 def fingerprint(
     *tensors: Tensor|None,
 ) -> str:                 # 16 hexadecimal digits
@@ -87,6 +88,7 @@ def fingerprint(
         h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
+# %% ../../nbs/training/38_retrieval.ipynb #d3c50731
 def open_scores(
     file: Path,                   # ends in .npy; a card of the same name lies beside it
     shape: tuple[int, int],       # pictures, texts
@@ -102,37 +104,15 @@ def open_scores(
     else:
         write_whole(card, lambda path: path.write_text(json.dumps(said), encoding='utf-8'))
         write_whole(file, lambda path: empty_scores(path, shape))
-    return np.lib.format.open_memmap(file, mode='r+')
+    try: return np.lib.format.open_memmap(file, mode='r+')
+    except (ValueError, OSError) as error: raise ValueError(f'{file} is damaged: remove it to start again') from error
 
+# %% ../../nbs/training/38_retrieval.ipynb #4030d14e
 def empty_scores(path: Path, shape: tuple[int, int]):
     "A table of NaN"
     with open(path, 'wb') as f: np.save(f, np.full(shape, np.nan, np.float32))
 
-# %% ../../nbs/training/38_retrieval.ipynb #95fed83b
-def score_all(
-    model: nn.Module,                   # with `see`
-    images,                             # normalised pixels `(b 3 s s)`, a list of pictures, or whatever has such slices
-    ids: Tensor,                        # texts `(t n)`
-    mask: Tensor|None=None,             # True at real words `(t n)`
-    *,
-    score: Callable|None=None,          # (seen, ids, None) → `(b)`; None: `match_score`
-    see: Callable|None=None,            # pictures → seen; None: `model.see`
-    batch_size: int=256,                # pairs at once
-    progress: Callable|None=None,       # hears of pairs done and pairs in all
-    file: str|Path|None=None,           # .npy; stopped at any time, the next call goes on there
-) -> Tensor:                            # `(b t)`; higher fits better
-    "Every picture against every text, each picture embedded once (Kim et al. 2021, §4.3)"
-    groups, shape, was = same_length(text_lengths(ids, mask)), (len(images), len(ids)), model.training
-    if not all(shape): raise ValueError(f'{shape[0]} pictures and {shape[1]} texts: nothing to score')
-    said = lambda: dict(texts=fingerprint(ids, mask), pictures=fingerprint(*images[:1], *images[-1:]),
-                        weights=fingerprint(*model.state_dict().values()))
-    table = np.full(shape, np.nan, np.float32) if file is None else open_scores(Path(file), shape, said())
-    model.eval()
-    how = dict(see=see or model.see, score=score or match_score(model), device=next(model.parameters()).device)
-    try: fill_table(table, images, ids, groups, **how, batch_size=batch_size, progress=progress)
-    finally: model.train(was)
-    return torch.from_numpy(np.array(table))
-
+# %% ../../nbs/training/38_retrieval.ipynb #af0e5e99
 @torch.no_grad()
 def fill_table(
     table: np.ndarray,          # scores, NaN where there is none yet `(b t)`; changed in place
@@ -159,7 +139,33 @@ def fill_table(
             done += (rows.stop - at)*len(texts)
             if progress: progress(done, table.size)
 
-# %% ../../nbs/training/38_retrieval.ipynb #a384dbf0
+# %% ../../nbs/training/38_retrieval.ipynb #accedf0e
+def score_all(
+    model: nn.Module,                   # with `see`
+    images,                             # normalised pixels `(b 3 s s)`, or whatever has such slices
+    ids: Tensor,                        # texts `(t n)`
+    mask: Tensor|None=None,             # True at real words `(t n)`
+    *,
+    score: Callable|None=None,          # (seen, ids, None) → `(b)`; None: `match_score`
+    see: Callable|None=None,            # pictures → seen; None: `model.see`
+    batch_size: int=256,                # pairs at once
+    progress: Callable|None=None,       # hears of pairs done and pairs in all
+    file: str|Path|None=None,           # .npy; stopped at any time, the next call goes on there
+) -> Tensor:                            # `(b t)`; higher fits better
+    "Every picture against every text, each picture embedded once (Kim et al. 2021, §4.3)"
+    groups, shape, was = same_length(text_lengths(ids, mask)), (len(images), len(ids)), model.training
+    if not all(shape): raise ValueError(f'{shape[0]} pictures and {shape[1]} texts: nothing to score')
+    said = lambda: dict(texts=fingerprint(ids, mask), pictures=fingerprint(*images[:1], *images[-1:]),
+                        weights=fingerprint(*model.state_dict().values()))
+    table = np.full(shape, np.nan, np.float32) if file is None else open_scores(Path(file), shape, said())
+    model.eval()
+    how = dict(see=see or model.see, score=score or match_score(model))
+    how |= dict(device=next(model.parameters()).device, batch_size=batch_size, progress=progress)
+    try: fill_table(table, images, ids, groups, **how)
+    finally: model.train(was)
+    return torch.from_numpy(np.array(table))
+
+# %% ../../nbs/training/38_retrieval.ipynb #65ec7e2a
 class Cost(NamedTuple):
     "What scoring all pairs takes"
     pairs: int     # pictures times texts
@@ -178,12 +184,14 @@ class Cost(NamedTuple):
             if seconds >= 2*size: return f'{seconds/size:.0f} {name}'
         return f'{seconds:.0f} seconds'
 
+# %% ../../nbs/training/38_retrieval.ipynb #ba514072
 def si(number: float) -> str:
     "Three digits and a letter for the thousands"
     names = ['', 'k', 'M', 'G', 'T', 'P', 'E']
     while number >= 999.5 and len(names) > 1: number, names = number/1000, names[1:]
     return f'{number:.3g} {names[0]}'
 
+# %% ../../nbs/training/38_retrieval.ipynb #414111a7
 def evaluation_cost(
     config,               # with layers, width, hidden, image_size, patch_size: a `VLCConfig`
     pictures: int,
@@ -211,7 +219,9 @@ def bar(
         task = rows.add_task(what, total=1)
         yield lambda done, total: rows.update(task, completed=done, total=total)
 
-# %% ../../nbs/training/38_retrieval.ipynb #6b4e97de
+# %% ../../nbs/training/38_retrieval.ipynb #ac630a38
+KS = (1, 5, 10)      # the usual places
+
 class Recall(NamedTuple):
     "Hits among the best k, both ways"
     tr: dict[int, float]   # k → share of pictures that find one of their texts
@@ -223,26 +233,21 @@ class Recall(NamedTuple):
         tied = f' · {100*self.tied:.1f} % tied' if self.tied else ''
         return f'{line("TR", self.tr)} · {line("IR", self.ir)}{tied}'
 
-# %% ../../nbs/training/38_retrieval.ipynb #0eec97ef
-KS = (1, 5, 10)
-
-def checked(
-    scores: Tensor,           # `(b t)`
-    owner: Tensor,            # for each text, the number of its picture; -1: of none `(t)`
-    ks: Sequence|None,        # None: those of 1, 5, 10 that there are enough pictures and texts for
-) -> tuple:
-    "The same, or a ValueError"
-    if scores.ndim != 2 or owner.shape != scores.shape[1:]:
-        raise ValueError(f'{tuple(owner.shape)} owners for scores {tuple(scores.shape)}')
-    if owner.min() < -1 or owner.max() >= len(scores):
-        raise ValueError(f'owners {owner.min()} to {owner.max()} for {len(scores)} pictures')
-    if not (owner >= 0).any(): raise ValueError('no text belongs to a picture')
-    if scores.isnan().any(): raise ValueError('some scores are not numbers')
-    least = min(scores.shape)
-    if ks is None: return scores, owner, [k for k in KS if k <= least]
-    if min(ks) < 1 or max(ks) > least:
-        raise ValueError(f'R@{max(ks)} needs {max(ks)} pictures and texts, not {len(scores)} and {len(owner)}')
-    return scores, owner, list(ks)
+# %% ../../nbs/training/38_retrieval.ipynb #6340eed3
+def recall_ref(
+    scores: Tensor,    # `(b t)`, tiny: every order of a row or column is tried
+    owner: Tensor,     # for each text, the number of its picture `(t)`
+    ks: Sequence[int]=KS,
+) -> Recall:
+    "Try every order of the answers, sort each by score, count the hits, average"
+    def share(row, own, k):
+        orders = [sorted(order, key=lambda i: -row[i]) for order in permutations(range(len(row)))]
+        return Fraction(sum(any(i in own for i in order[:k]) for order in orders), len(orders))
+    table, home = scores.tolist(), owner.tolist()
+    down = [([row[t] for row in table], {home[t]}) for t in range(len(home))]
+    right = [(row, {t for t in range(len(home)) if home[t] == i}) for i, row in enumerate(table)]
+    mean = lambda side, k: float(sum(share(row, own, k) for row, own in side)/len(side))
+    return Recall(*({k: mean(side, k) for k in ks} for side in (right, down)))
 
 # %% ../../nbs/training/38_retrieval.ipynb #fed60f73
 def hit_chance(
@@ -258,6 +263,26 @@ def hit_chance(
         factor = (equal - places - j).clamp(min=0).double()/(equal - j).clamp(min=1)
         miss = torch.where(j < own, miss*factor, miss)
     return 1 - miss
+
+# %% ../../nbs/training/38_retrieval.ipynb #b263e35a
+def checked(
+    scores: Tensor,           # `(b t)`
+    owner: Tensor,            # for each text, the number of its picture; -1: of none `(t)`
+    ks: Sequence|None,        # None: those of 1, 5, 10 that there are enough pictures and texts for
+) -> tuple:
+    "The same, or a ValueError"
+    if scores.ndim != 2 or owner.shape != scores.shape[1:]:
+        raise ValueError(f'{tuple(owner.shape)} owners for scores {tuple(scores.shape)}')
+    if owner.min() < -1 or owner.max() >= len(scores):
+        raise ValueError(f'owners {owner.min()} to {owner.max()} for {len(scores)} pictures')
+    if not (owner >= 0).any(): raise ValueError('no text belongs to a picture')
+    if scores.isnan().any(): raise ValueError('some scores are not numbers')
+    least = min(scores.shape)
+    if ks is None: return scores, owner, [k for k in KS if k <= least]
+    if min(ks) < 1 or max(ks) > least:
+        sizes = f'{len(scores)} and {len(owner)}'
+        raise ValueError(f'R@{max(ks)} needs {max(ks)} pictures and texts, not {sizes}')
+    return scores, owner, list(ks)
 
 # %% ../../nbs/training/38_retrieval.ipynb #42049766
 def recall(
@@ -293,19 +318,3 @@ def published_recall(
     tr = {k: (owner[scores.topk(k, 1).indices] == torch.arange(len(scores))[:, None]).any(1) for k in ks}
     ir = {k: (scores.topk(k, 0).indices == owner).any(0) for k in ks}
     return Recall(*({k: hit.double().mean().item() for k, hit in side.items()} for side in (tr, ir)))
-
-# %% ../../nbs/training/38_retrieval.ipynb #6340eed3
-def recall_ref(
-    scores: Tensor,    # `(b t)`, tiny: every order of a row or column is tried
-    owner: Tensor,     # for each text, the number of its picture `(t)`
-    ks: Sequence[int]=KS,
-) -> Recall:
-    "Try every order of the answers, sort each by score, count the hits, average"
-    def share(row, own, k):
-        orders = [sorted(order, key=lambda i: -row[i]) for order in permutations(range(len(row)))]
-        return Fraction(sum(any(i in own for i in order[:k]) for order in orders), len(orders))
-    table, home = scores.tolist(), owner.tolist()
-    down = [([row[t] for row in table], {home[t]}) for t in range(len(home))]
-    right = [(row, {t for t in range(len(home)) if home[t] == i}) for i, row in enumerate(table)]
-    mean = lambda side, k: float(sum(share(row, own, k) for row, own in side)/len(side))
-    return Recall(*({k: mean(side, k) for k in ks} for side in (right, down)))
