@@ -2,37 +2,16 @@
 import json
 import re
 from functools import partial
+from pathlib import Path
 import torch
 from torch import nn
-from vl_tutor.models.backbones import both
 from vl_tutor.models.classifier import Classifier, ClassifierConfig, classify, given_paths
 from vl_tutor.models.vlc import VLC, VLCConfig
+from vl_tutor.models.vlc_files import OFFICIAL_HEADS, classifier_keys, official_tensors, read_classifier, vlc_keys
 from vl_tutor.training.checkpoints import KeyMap
-from vl_tutor.training.layer_decay import OldAdamW, classifier_groups, finetuning_groups, freeze, group_table, pretraining_groups
+from vl_tutor.training.layer_decay import UNDECAYED, OldAdamW, classifier_groups, finetuning_groups, freeze, group_table, pretraining_groups
 from vl_tutor.training.schedules import cosine_to_floor, warmup_then_linear
 from parity_golden import ROOT, checker, fill
-
-HEADS = dict(mlm='mlm_score.', itm='itm_score.', vqa='vqa_classifier.', nlvr2='nlvr2_classifier.', rank='rank_output.')
-
-
-def block_rules(theirs: str, ours: str) -> list[tuple]:
-    names = {'norm1': 'norm1', 'norm2': 'norm2', 'attn.qkv': 'attn.to_qkv', 'attn.proj': 'attn.to_out', 'mlp.fc1': 'mlp.up', 'mlp.fc2': 'mlp.down'}
-    return [rule for a, b in names.items() for rule in both(theirs + a, ours + b)]
-
-
-def trunk_rules(theirs: str = '') -> list[tuple]:
-    return [(theirs + 'cls_token', 'trunk.cls', 'squeeze squeeze'), (theirs + 'pos_embed', 'trunk.positions', 'squeeze'),
-            *both(theirs + 'patch_embed.proj', 'trunk.patches.proj'), *block_rules(theirs + 'blocks.{i}.', 'trunk.encoder.blocks.{i}.')]
-
-
-def classifier_keys(pool: str) -> KeyMap:
-    return KeyMap([*trunk_rules(), *both('fc_norm' if pool == 'gap' else 'norm', 'norm'), *both('head', 'head')])
-
-
-def vlc_keys() -> KeyMap:
-    from vlc_draft import rules
-    return KeyMap([(r[0], re.sub('^(cls|positions|patches|encoder|norm)(?=[.]|$)', r'trunk.\1', r[1]), *r[2:]) for r in rules()])
-
 
 @checker('vlc/optim')
 def optim(config, weights, io):
@@ -88,24 +67,31 @@ def check_filling(model: Classifier, keys: KeyMap, said: dict):
     "What a VLC of the same trunk leaves open in a classifier, and what it brings in vain, by official name"
     c = model.config
     blocks = {found[1] for name in said['unexpected'] if (found := re.match(r'decoder_blocks\.(\d+)\.', name))}
-    giver = VLC(VLCConfig(c.image_size, c.patch_size, c.width, c.layers, c.heads, c.hidden, 8, 4, 16, len(blocks), 2))
+    giver = VLC(VLCConfig(c.image_size, c.patch_size, c.width, c.layers, c.heads, c.hidden, 8, 4, 16, len(blocks), 2)).requires_grad_(False)
     report, theirs = model.fill(giver), vlc_keys()
     assert sorted(said['missing']) == sorted(name for ours in report.missing for name in keys.official_names(ours))
     unused = [name for ours in report.unused for name in theirs.official_names(ours)]
     assert sorted(said['unexpected']) == sorted(name.removeprefix('transformer.') for name in unused if name.startswith('transformer.'))
+    read = read_classifier(official_tensors(giver), classes=c.classes, pool=c.pool, heads=c.heads)
+    assert sorted(read.new) == sorted(said['missing']) and sorted(read.unused) == sorted(said['unexpected'])
+    ours = read.model.state_dict()
+    assert all(torch.equal(t, ours[name]) for name, t in model.state_dict().items() if name not in report.missing)
 
 
-def group_lists() -> list[str]:
+def group_lists(root: Path = ROOT) -> list[str]:
     "Every list of learning rates and weight decays: files of their own, and those inside a fixture's config.json"
-    files = [p for kind in ('lr_scales', 'optim_groups') for p in ROOT.glob(f'vlc/{kind}_*.json')]
-    inside = [f'{p.relative_to(ROOT)}:{key}' for p in ROOT.glob('vlc/*/config.json') for key in json.loads(p.read_text()) if 'lr_scales' in key or 'optimizer_groups' in key]
-    return sorted([p.relative_to(ROOT).as_posix() for p in files] + inside)
+    files = [p for kind in ('lr_scales', 'optim_groups') for p in root.glob(f'vlc/{kind}_*.json')]
+    inside = [f'{p.relative_to(root)}:{key}' for p in root.glob('vlc/*/config.json') for key in json.loads(p.read_text()) if 'lr_scales' in key or 'optimizer_groups' in key]
+    return sorted([p.relative_to(root).as_posix() for p in files] + inside)
+
+
+LISTS = ROOT if group_lists() else Path(__file__).resolve().parents[1]/'golden'      # a root without lists: those of the repository
 
 
 def read_list(name: str) -> dict:
     "Official name → learning-rate scale, weight decay, group (or None), trained; scale 1 where the list gives none"
     file, _, key = name.partition(':')
-    found, said = json.loads((ROOT/file).read_text()), {}
+    found, said = json.loads((LISTS/file).read_text()), {}
     for k, v in (found[key] if key else found).items():
         if v == 'frozen': said[k] = (None, None, None, False)
         elif isinstance(v, dict): said[k] = (v.get('lr_scale', 1.), v['weight_decay'], v['group'], v.get('requires_grad', True))
@@ -119,7 +105,7 @@ def model_with(names) -> tuple[nn.Module, KeyMap]:
     if 'cls_token' in names:
         pool = 'gap' if 'fc_norm.weight' in names else 'cls'
         return Classifier(ClassifierConfig(8, 4, 8, count('blocks.'), 1, 8, 2, pool)), classifier_keys(pool)
-    tasks = tuple(task for task, start in HEADS.items() if any(n.startswith(start) for n in names))
+    tasks = tuple(task for task, start in OFFICIAL_HEADS.items() if any(n.startswith(start) for n in names))
     model = VLC(VLCConfig(8, 4, 8, count('transformer.blocks.'), 1, 8, 8, 4, 8, count('transformer.decoder_blocks.'), 1, tasks=tasks, answers=2))
     return freeze(model, 'heads.itm') if 'rank' in tasks else model, vlc_keys()
 
@@ -139,5 +125,6 @@ def check_group_list(name: str):
     for theirs, (scale, decay, group, trained) in said.items():
         ours, p = official[theirs]
         assert p.requires_grad == trained and table[ours] == ((scale, decay) if trained else 'frozen'), f'{name}: {theirs} has {scale, decay}, {ours} {table[ours]}'
+        assert trained or decay in (None, 0. if any(part in ours for part in UNDECAYED) else max(decays)), f'{name}: {theirs} would have {decay}'
         if trained and group is not None: pairs.add((group, number[id(p)]))
     assert all(len({pair[i] for pair in pairs}) == len(pairs) for i in (0, 1)), f'{name}: other groups: {sorted(pairs)}'
