@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WORDS', 'LESSONS', 'WEIGHTS', 'SMALL', 'TINY', 'PRESETS', 'lie', 'dice_of', 'caption_lesson', 'question_lesson',
            'pair_lesson', 'rank_lesson', 'captioned', 'ranked', 'plan', 'taught', 'Stage', 'key_of', 'prepared',
-           'train_stage', 'train_vlc', 'question_scores', 'blind_answers', 'pair_scores', 'retrieval_scores',
+           'deepen', 'train_stage', 'train_vlc', 'question_scores', 'blind_answers', 'pair_scores', 'retrieval_scores',
            'score_card', 'bundle']
 
-# %% ../../nbs/recipes/54_train_vlc.ipynb #fe1a9ae9
+# %% ../../nbs/recipes/54_train_vlc.ipynb #bd6bcdf8
 import copy, shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 import torch, torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from ..data.answers import soft_targets
 from ..models.vlc import VLC, VLCConfig, init_vlc
 from ..primitives.words import Tokenizer
@@ -177,13 +177,14 @@ def taught(
     return {named(loss, key): value for key, lesson in batch.items() if key != 'rows'
             for loss, value in LESSONS[key.split('-')[0]](model, lesson).items()}
 
-# %% ../../nbs/recipes/54_train_vlc.ipynb #d2642d7f
+# %% ../../nbs/recipes/54_train_vlc.ipynb #23d4e9f1
 @dataclass(frozen=True)
 class Stage:
     "A part of the plan: which lessons, how many samples of each in a step, how long"
     name: str                                    # of its folder
     lessons: tuple[tuple[str, str, int], ...]    # (name in `LESSONS`, level of the world, samples a step)
     recipe: Recipe                               # its batch_size is the largest of these numbers
+    layers: int|None = None                      # depth of the trunk from here on; None: the config's
 
 def key_of(name: str, level: str) -> str: return name if level == 'pair' else f'{name}-{level}'
 
@@ -205,7 +206,21 @@ def prepared(
         return dict(captions=caption_lesson, ranks=rank_lesson)[name](world, tokenizer)
     return plan({key_of(name, level): (lesson(name, level), n) for name, level, n in stage.lessons})
 
-# %% ../../nbs/recipes/54_train_vlc.ipynb #983250ed
+# %% ../../nbs/recipes/54_train_vlc.ipynb #9f9c6312
+def deepen(
+    model: VLC,
+    layers: int,     # wanted, at least as many as there are
+) -> VLC:            # a deeper model that computes the same, for now
+    "More blocks on top; their last matrices are zero, so they begin by passing everything on"
+    config = model.config
+    if layers < config.layers: raise ValueError(f'{config.layers} layers cannot become {layers}')
+    deeper = init_vlc(VLC(replace(config, layers=layers)))
+    deeper.load_state_dict(model.state_dict(), strict=False)
+    for block in deeper.trunk.encoder.blocks[config.layers:]:
+        for p in (*block.attn.to_out.parameters(), *block.mlp.down.parameters()): nn.init.zeros_(p)
+    return deeper
+
+# %% ../../nbs/recipes/54_train_vlc.ipynb #b2956727
 WEIGHTS = dict(mlm=.5, itm=.5, vqa=.25)      # the others count 1
 
 def train_stage(
@@ -237,14 +252,33 @@ def train_vlc(
     if preset not in PRESETS: raise ValueError(f'preset {preset!r}: choose {", ".join(PRESETS)}')
     config, stages = PRESETS[preset]
     tokenizer, folder = task_tokenizer(), Path(folder)
-    model = init_vlc(VLC(config), seed)
+    model = init_vlc(VLC(replace(config, layers=stages[0].layers or config.layers)), seed)
     for stage in stages:
+        model = deepen(model, stage.layers or config.layers)
         recipe = replace(stage.recipe, seed=seed, samples=samples or stage.recipe.samples)
         stage = replace(stage, recipe=recipe)
         here = folder/stage.name
         if (here/'card.json').exists(): model.load_state_dict(load_vlc(here).model.state_dict())
         else: train_stage(model.train(), stage, here, tokenizer=tokenizer, skin=skin)
     return load_vlc(folder/stages[-1].name)
+
+# %% ../../nbs/recipes/54_train_vlc.ipynb #420e8d7a
+SMALL = VLCConfig(48, 8, 96, 6, 4, 384, 192, 24, 48, 1, 4, 3, ('mlm', 'itm', 'vqa', 'nlvr2', 'rank'),
+                  len(ANSWERS))
+TINY = replace(SMALL, width=48, layers=2, hidden=192, heads=4)
+PRESETS = dict(
+    minute=(TINY, (
+        Stage('captions', (('captions', 'one', 32), ('captions', 'pair', 32)), Recipe(9_600, 32, 2e-3)),
+        Stage('lessons', (('captions', 'pair', 8), ('questions', 'pair', 32), ('pairs', 'pair', 8),
+                          ('ranks', 'pair', 1)), Recipe(4_800, 32, 2e-3)))),
+    bundled=(SMALL, (
+        Stage('captions', (('captions', 'one', 19), ('captions', 'pair', 45)),
+              Recipe(800_000, 64, 1e-3, wd=.01), layers=4),
+        Stage('questions', (('captions', 'pair', 8), ('questions', 'one', 16), ('questions', 'pair', 64),
+                            ('ranks', 'pair', 2)), Recipe(416_000, 80, 8e-4, wd=.01)),
+        Stage('lessons', (('captions', 'pair', 8), ('questions', 'pair', 40), ('pairs', 'one', 12),
+                          ('pairs', 'pair', 16), ('ranks', 'pair', 2)), Recipe(100_000, 40, 6e-4, wd=.01)))),
+)
 
 # %% ../../nbs/recipes/54_train_vlc.ipynb #69f8114d
 @torch.no_grad()
@@ -301,7 +335,7 @@ def pair_scores(
     return dict(seen=right(true(found['pair'])), shuffled=right(true(found['pair'].roll(n//2, 0))),
                 text=right(reader.predict(found['text'])), n=n)
 
-# %% ../../nbs/recipes/54_train_vlc.ipynb #6d545091
+# %% ../../nbs/recipes/54_train_vlc.ipynb #5a6e1d6e
 def retrieval_scores(
     tool: VLCTool,
     level: str='pair',               # of the world
@@ -310,31 +344,16 @@ def retrieval_scores(
     skin: str='shapes',
     split: str='test',
     progress: Callable|None=None,    # told the pairs done and the pairs in all
-) -> dict[str, float]:               # R@1, R@5, R@10 from text to picture and from picture to text; chance
+) -> dict:                           # R@1, R@5, R@10 from text to picture, from picture to text; chance
     "Find the picture of each caption among all, and the caption of each picture"
     from vl_tutor.training.retrieval import recall
     world = World(level, split, skin=skin, image_size=tool.model.config.image_size)
     scenes = world.scenes(torch.arange(n))
     scores = tool.scores(world.draw(scenes), captions(scenes), progress=progress)
-    return dict(recall(scores, torch.arange(n)), chance=1/n, n=n)
-
-# %% ../../nbs/recipes/54_train_vlc.ipynb #3b70d076
-SMALL = VLCConfig(48, 8, 96, 4, 4, 384, 192, 24, 48, 1, 4, 3, ('mlm', 'itm', 'vqa', 'nlvr2', 'rank'),
-                  len(ANSWERS))
-TINY = replace(SMALL, width=48, layers=2, hidden=192)
-PRESETS = dict(
-    minute=(TINY, (
-        Stage('captions', (('captions', 'one', 32), ('captions', 'pair', 32)), Recipe(9_600, 32, 2e-3)),
-        Stage('lessons', (('captions', 'pair', 8), ('questions', 'pair', 32), ('pairs', 'pair', 8),
-                          ('ranks', 'pair', 1)), Recipe(4_800, 32, 2e-3)))),
-    bundled=(SMALL, (
-        Stage('captions', (('captions', 'one', 19), ('captions', 'pair', 45)),
-              Recipe(800_000, 64, 1e-3, wd=.01)),
-        Stage('questions', (('captions', 'pair', 8), ('questions', 'one', 20), ('questions', 'pair', 60),
-                            ('ranks', 'pair', 1)), Recipe(640_000, 80, 1e-3, wd=.01)),
-        Stage('lessons', (('captions', 'pair', 8), ('questions', 'pair', 48), ('pairs', 'pair', 32),
-                          ('ranks', 'pair', 2)), Recipe(240_000, 48, 7e-4, wd=.01)))),
-)
+    found = recall(scores, torch.arange(n))
+    side = lambda hits: {f'R@{k}': round(share, 4) for k, share in hits.items()}
+    return dict(text_to_picture=side(found.ir), picture_to_text=side(found.tr), tied=round(found.tied, 4),
+                chance=1/n, n=n)
 
 # %% ../../nbs/recipes/54_train_vlc.ipynb #a51dfc28
 def score_card(
