@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BLOCK', 'OFFICIAL_HEADS', 'PUBLISHED_HEADS', 'PUBLISHED_DECODER_HEADS', 'block_rules', 'trunk_rules', 'decoder_rules',
            'head_rules', 'vlc_keys', 'mae_keys', 'classifier_keys', 'Official', 'noted', 'open_official', 'kind_of',
-           'shape_of', 'numbered', 'attention_heads', 'pixels_of', 'decoder_sizes', 'trunk_sizes', 'vlc_sizes',
-           'grid_for', 'grid_in', 'stretched', 'adopted', 'Loaded', 'part_of', 'unasked', 'fill_up', 'read_vlc',
-           'load_vlc_weights', 'classifier_sizes', 'read_classifier', 'official_tensors', 'save_official']
+           'shape_of', 'numbered', 'attention_heads', 'grid_in', 'decoder_sizes', 'trunk_sizes', 'vlc_sizes',
+           'stretched', 'adopted', 'Loaded', 'part_of', 'fill_up', 'read_vlc', 'load_vlc_weights', 'classifier_sizes',
+           'read_classifier', 'official_tensors', 'save_official']
 
 # %% ../../nbs/models/45_vlc_files.ipynb #d24d11f7
 import re
@@ -133,24 +133,18 @@ def kind_of(
     if not {'cls_token', 'patch_embed.proj.weight'} <= names: return None
     return 'classifier' if 'head.weight' in names else 'mae'
 
-# %% ../../nbs/models/45_vlc_files.ipynb #5236a819
-def shape_of(
-    official: Official,
-    name: str,           # an official key
-) -> tuple[int, ...]:
+# %% ../../nbs/models/45_vlc_files.ipynb #6d98f6db
+def shape_of(official: Official, name: str) -> tuple[int, ...]:
     "The shape of a tensor that must be there"
     if name in official.tensors: return tuple(official.tensors[name].shape)
     raise ValueError(f'{official.name} lacks {name}')
 
-def numbered(
-    names: Iterable[str],   # official keys
-    start: str,             # what comes before the number
-) -> int:
-    "How many blocks there are"
+def numbered(names: Iterable[str], start: str) -> int:
+    "How many blocks there are: one more than the largest number behind this start"
     found = [re.match(re.escape(start) + r'(\d+)\.', name) for name in names]
     return 1 + max((int(m[1]) for m in found if m), default=-1)
 
-# %% ../../nbs/models/45_vlc_files.ipynb #3c3099d5
+# %% ../../nbs/models/45_vlc_files.ipynb #7720dbef
 PUBLISHED_HEADS, PUBLISHED_DECODER_HEADS = {768: 12, 1024: 16, 1280: 16}, {512: 16}     # by width
 
 def attention_heads(
@@ -164,30 +158,28 @@ def attention_heads(
     known = PUBLISHED_HEADS if what == 'heads' else PUBLISHED_DECODER_HEADS
     beside = official.beside
     found = given or beside.get(what) or known.get(width) or what == 'heads' and beside.get('num_heads')
-    if not found: raise ValueError(f'{official.name} does not say its attention heads for width {width}: give {what}=')
+    if not found:
+        raise ValueError(f'{official.name} tells no attention heads for width {width}: give {what}=')
     if str(found).isdecimal() and int(found) and width%int(found) == 0: return int(found)
     raise ValueError(f'{official.name}: {found} {what} do not divide a width of {width}')
 
-# %% ../../nbs/models/45_vlc_files.ipynb #4a41f190
-def pixels_of(
+# %% ../../nbs/models/45_vlc_files.ipynb #373c7c54
+def grid_in(
     official: Official,
-    rows: int,            # of the table of positions, the class token's included
+    rows: int,            # of a table of positions, the class token's included
+    *,
     patch: int,           # side of a patch in pixels
-) -> int|tuple[int, int]:
-    "The side of the pictures a table was made for; height and width where the file notes them"
-    side = isqrt(rows - 1)
-    if side*side == rows - 1: return side*patch
+    wanted: tuple[int, int]|None=None,   # the grid of the model it is for
+) -> tuple[int, int]:     # rows and columns of patches
+    "What our own header says; else a square, as the authors make; else the wanted grid if it has as many"
     noted = re.fullmatch(r'(\d+)x(\d+)', str(official.beside.get('image_size', '')))
-    size = tuple(map(int, noted.groups())) if noted else (0, 0)
-    if (size[0]//patch)*(size[1]//patch) == rows - 1: return size
-    raise ValueError(f'{official.name}: a table of {rows} positions is a class token and no square: give config=')
+    side, said = isqrt(rows - 1), tuple(int(n)//patch for n in noted.groups()) if noted else (0, 0)
+    for grid in (said, (side, side), wanted or (0, 0)):
+        if grid[0]*grid[1] == rows - 1: return grid
+    raise ValueError(f'{official.name}: {rows} positions are no class token and a square: give config=')
 
-# %% ../../nbs/models/45_vlc_files.ipynb #b78fbb61
-def decoder_sizes(
-    official: Official,
-    prefix: str,                # 'transformer.' or ''
-    heads: int|None,            # of its attention; None: published
-) -> dict:                      # settings of `VLCConfig`
+# %% ../../nbs/models/45_vlc_files.ipynb #21527fac
+def decoder_sizes(official: Official, prefix: str, heads: int|None) -> dict:
     "Width, blocks, heads of a pixel decoder; no blocks where there is none"
     layers = numbered(official.tensors, prefix + 'decoder_blocks.')
     if not layers: return dict(decoder_layers=0)
@@ -196,20 +188,17 @@ def decoder_sizes(
     return dict(decoder_width=width, decoder_layers=layers, decoder_heads=heads,
                 decoder_hidden=None if hidden == 4*width else hidden)
 
-# %% ../../nbs/models/45_vlc_files.ipynb #5254d7ca
-def trunk_sizes(
-    official: Official,
-    prefix: str,          # 'transformer.' or ''
-    heads: int|None,      # of its attention; None: published
-) -> dict:                # settings of `VLCConfig` and `ClassifierConfig`
+# %% ../../nbs/models/45_vlc_files.ipynb #85a4efd1
+def trunk_sizes(official: Official, prefix: str, heads: int|None) -> dict:
     "Picture, patch, width, blocks: what the shapes of a trunk tell"
     shape = lambda name: shape_of(official, prefix + name)
     (rows, width), patch = shape('pos_embed')[1:], shape('patch_embed.proj.weight')[-1]
-    return dict(image_size=pixels_of(official, rows, patch), patch_size=patch, width=width,
-        layers=numbered(official.tensors, prefix + 'blocks.'), heads=attention_heads(official, width, given=heads),
-        hidden=shape('blocks.0.mlp.fc1.weight')[0])
+    down, across = (n*patch for n in grid_in(official, rows, patch=patch))
+    return dict(image_size=down if down == across else (down, across), patch_size=patch, width=width,
+        layers=numbered(official.tensors, prefix + 'blocks.'), hidden=shape('blocks.0.mlp.fc1.weight')[0],
+        heads=attention_heads(official, width, given=heads))
 
-# %% ../../nbs/models/45_vlc_files.ipynb #fd21df9b
+# %% ../../nbs/models/45_vlc_files.ipynb #8c4b2c6b
 def vlc_sizes(
     official: Official,           # of VLC, ViLT or MAE
     *,
@@ -222,44 +211,25 @@ def vlc_sizes(
     c = replace(VLCConfig(), **trunk_sizes(official, prefix, heads))
     painter = decoder_sizes(official, prefix, decoder_heads)
     if kind == 'mae': return replace(c, **painter) if painter['decoder_layers'] else c
-    vocab, text_len = (shape_of(official, f'text_embeddings.{n}_embeddings.weight')[0] for n in ('word', 'position'))
+    rows = lambda table: shape_of(official, table + '_embeddings.weight')[0]
     tasks = tuple(t for t, start in OFFICIAL_HEADS.items() if any(k.startswith(start) for k in names))
     answers = shape_of(official, 'vqa_classifier.3.weight')[0] if 'vqa' in tasks else c.answers
     fixed = kind == 'vlc' or official.beside.get('positions') == 'sincos'
-    return replace(c, **painter, vocab_size=vocab, text_len=text_len, tasks=tasks, answers=answers,
-        modalities=shape_of(official, 'token_type_embeddings.weight')[0], positions='sincos' if fixed else 'learned')
+    return replace(c, **painter, vocab_size=rows('text_embeddings.word'), modalities=rows('token_type'),
+        text_len=rows('text_embeddings.position'), tasks=tasks, answers=answers,
+        positions='sincos' if fixed else 'learned')
 
-# %% ../../nbs/models/45_vlc_files.ipynb #016c9abe
-def grid_for(
-    config,    # a `VLCConfig` or `ClassifierConfig`
-) -> tuple[int, int]:
-    "Rows and columns of patches"
-    size = config.image_size
-    return grid_of(*(size if isinstance(size, (tuple, list)) else (size, size)), config.patch_size)
-
-# %% ../../nbs/models/45_vlc_files.ipynb #88dc3562
-def grid_in(
-    official: Official,
-    rows: int,                # of a table of positions
-    wanted: tuple[int, int],  # the grid it shall have
-) -> tuple[int, int]:         # the grid it has
-    "The wanted one if the number of rows allows it, else a square"
-    if rows - 1 == wanted[0]*wanted[1]: return wanted
-    size = pixels_of(official, rows, 1) if isqrt(rows - 1)**2 == rows - 1 else None
-    if size: return size, size
-    raise ValueError(f'{official.name}: {rows} positions are neither a class token and a square '
-                     f'nor one and {wanted[0]}×{wanted[1]} patches')
-
+# %% ../../nbs/models/45_vlc_files.ipynb #547664b3
 def stretched(
     official: Official,
-    tables: Iterable[str],    # official names of tables of positions
-    wanted: tuple[int, int],  # rows and columns of patches
+    config,                   # of the model they are for
 ) -> tuple[dict, dict]:       # the new tables, and what was done to which
     "Tables of positions for pictures of another size or shape (bicubic, as released)"
-    new, done = {}, {}
-    for name in tables:
-        if (table := official.tensors.get(name)) is None: continue
-        old = grid_in(official, table.shape[1], wanted)
+    size, new, done = config.image_size, {}, {}
+    wanted = grid_of(*(size if isinstance(size, (tuple, list)) else (size, size)), config.patch_size)
+    for name, table in official.tensors.items():
+        if not name.endswith('pos_embed'): continue
+        old = grid_in(official, table.shape[1], patch=config.patch_size, wanted=wanted)
         if old == wanted: continue
         new[name] = resize_positions(table, old, wanted)
         done[name] = f'stretched from {old[0]}×{old[1]} to {wanted[0]}×{wanted[1]}'
@@ -291,19 +261,10 @@ class Loaded:
     unused: list[str]        # names in the file that have no place in this model
     changed: dict[str, str]  # official name → what was done to it
 
-# %% ../../nbs/models/45_vlc_files.ipynb #0751dddc
+# %% ../../nbs/models/45_vlc_files.ipynb #6ad4be27
 def part_of(name: str) -> str:
     "The part of our model that a tensor belongs to: 'text', 'trunk', 'heads.mlm', …"
     return '.'.join(name.split('.')[:2 if name.startswith('heads.') else 1])
-
-def unasked(
-    theirs: dict,         # official name → tensor
-    config: VLCConfig,    # the model they are for
-) -> list[str]:
-    "Heads in the file that the model has not, or has for another list of answers"
-    other = theirs.get('vqa_classifier.3.bias')
-    drop = [t for t in HEADS if t not in config.tasks or t == 'vqa' and other is not None and len(other) != config.answers]
-    return [k for k in theirs if k.startswith(tuple(OFFICIAL_HEADS[t] for t in drop))] if drop else []
 
 # %% ../../nbs/models/45_vlc_files.ipynb #7ce1a0c1
 def fill_up(
@@ -329,7 +290,7 @@ def fill_up(
     model.load_state_dict({n: t.float() for n, t in ours.items()}, assign=True)
     return model.eval(), new
 
-# %% ../../nbs/models/45_vlc_files.ipynb #6799ee48
+# %% ../../nbs/models/45_vlc_files.ipynb #f2f8be42
 def read_vlc(
     source,                               # a file of VLC, ViLT or MAE, or a dict of its tensors
     *,
@@ -343,16 +304,18 @@ def read_vlc(
     "A released file as a `VLC`, and what had to be done; ValueError lists every key that does not fit"
     official = open_official(source)
     if (kind := kind_of(official.tensors)) not in ('vlc', 'vilt', 'mae'):
-        raise ValueError(f'{official.name} is a file of {kind or "none of VLC, ViLT and MAE"}, no start for a VLC')
+        raise ValueError(f'{official.name}: {kind or "none of VLC, ViLT and MAE"}, no start for a VLC')
     c = config or vlc_sizes(official, heads=heads, decoder_heads=decoder_heads)
     c = replace(c, tasks=c.tasks if tasks is None else tuple(tasks), answers=answers or c.answers,
         image_size=image_size or c.image_size)
     if 'nlvr2' in c.tasks: c = replace(c, modalities=3)
-    named = official.tensors if kind != 'mae' else {f'transformer.{k}': t for k, t in official.tensors.items()}
+    named = {f'transformer.{k}' if kind == 'mae' else k: t for k, t in official.tensors.items()}
     official = replace(official, tensors=named)
     made, changed = adopted(named, c)
-    tables, more = stretched(official, ('transformer.pos_embed', 'transformer.decoder_pos_embed'), grid_for(c))
-    unused = unasked(named, c)
+    tables, more = stretched(official, c)
+    drop, other = set(HEADS) - set(c.tasks), named.get('vqa_classifier.3.bias')
+    if other is not None and len(other) != c.answers: drop.add('vqa')
+    unused = [k for k in named if k.startswith(tuple(OFFICIAL_HEADS[t] for t in drop))]
     theirs = {k: t for k, t in (named | made | tables).items() if k not in set(unused)}
     may_lack = ('heads.', 'text.', 'modality.', 'pooler.', 'decoder.') if kind == 'mae' else ('heads.',)
     model, new = fill_up(official, theirs, keys=vlc_keys(), config=c, may_lack=may_lack, seed=seed)
@@ -383,7 +346,7 @@ def classifier_sizes(
     classes = classes or shape_of(official, 'head.weight')[0]
     return ClassifierConfig(**trunk_sizes(official, prefix, heads), classes=classes, pool=pool)
 
-# %% ../../nbs/models/45_vlc_files.ipynb #bc164b5f
+# %% ../../nbs/models/45_vlc_files.ipynb #3c4ab232
 def read_classifier(
     source,                       # a file of a classifier, or of VLC, ViLT or MAE, or a dict of its tensors
     *,
@@ -396,21 +359,24 @@ def read_classifier(
 ) -> Loaded:
     "A released file as a `Classifier`; a VLC gives its trunk, and what it has beyond that is unused"
     official = open_official(source)
-    if not (kind := kind_of(official.tensors)): raise ValueError(f'{official.name} is no file of VLC or its relatives')
+    kind = kind_of(official.tensors)
+    if not kind: raise ValueError(f'{official.name} is no file of VLC or its relatives')
     prefix = 'transformer.' if kind in ('vlc', 'vilt') else ''
     c = classifier_sizes(official, prefix, classes=classes, pool=pool, heads=heads)
     c = replace(c, image_size=image_size or c.image_size, drop_path=drop_path)
     named = {k.removeprefix(prefix): t for k, t in official.tensors.items() if k.startswith(prefix)}
     official = replace(official, tensors=named)
-    tables, changed = stretched(official, ('pos_embed',), grid_for(c))
-    unused = [k for k in named if k.startswith(('mask_token', 'decoder_', 'norm.' if c.pool == 'gap' else 'fc_norm.'))]
-    if len(named.get('head.bias', ())) != c.classes: unused += [k for k in named if k.startswith('head.')]
+    tables, changed = stretched(official, c)
+    beyond = ('mask_token', 'decoder_', 'norm.' if c.pool == 'gap' else 'fc_norm.')
+    if len(named.get('head.bias', ())) != c.classes: beyond += ('head.',)
+    unused = [k for k in named if k.startswith(beyond)]
     theirs = {k: t for k, t in (named | tables).items() if k not in set(unused)}
-    keys, may_lack = classifier_keys(c.pool), ('head.',) + (('norm.',) if c.pool == 'gap' or kind == 'classifier' else ())
+    may_lack = ('head.', 'norm.') if c.pool == 'gap' or kind == 'classifier' else ('head.',)
+    keys = classifier_keys(c.pool)
     model, new = fill_up(official, theirs, keys=keys, config=c, may_lack=may_lack, seed=seed)
     return Loaded(model, kind, [name for ours in new for name in keys.official_names(ours)], unused, changed)
 
-# %% ../../nbs/models/45_vlc_files.ipynb #620d3a82
+# %% ../../nbs/models/45_vlc_files.ipynb #4066b392
 def official_tensors(
     model: nn.Module,    # a `VLC`, `MAE` or `Classifier`
 ) -> dict[str, Tensor]:  # official name → tensor
@@ -418,7 +384,7 @@ def official_tensors(
     if isinstance(model, Classifier): keys = classifier_keys(model.config.pool)
     elif isinstance(model, MAE): keys = mae_keys()
     elif isinstance(model, VLC): keys = vlc_keys()
-    else: raise ValueError(f'a {type(model).__name__} has no official names here: give a VLC, MAE or Classifier')
+    else: raise ValueError(f'a {type(model).__name__} has no official names: give a VLC, MAE or Classifier')
     theirs = {k: t.detach().cpu() for k, t in keys.to_official(model.state_dict()).items()}
     places = isinstance(model, VLC) and torch.arange(model.config.text_len)[None]
     return theirs if places is False else {'text_embeddings.position_ids': places, **theirs}
@@ -430,9 +396,10 @@ def save_official(
     "A file with the authors' names; what no shape tells stands in its header"
     path, trunk, theirs = Path(path), model.trunk, official_tensors(model)
     if path.suffix != '.safetensors': raise ValueError(f'{path}: official names go into a .safetensors file')
-    note = dict(format='pt', heads=trunk.encoder.blocks[0].attn.heads, image_size='{}x{}'.format(*trunk.patches.image_size),
-                positions='learned' if trunk.positions.requires_grad else 'sincos')
-    if getattr(model, 'decoder', None) is not None: note['decoder_heads'] = model.decoder.blocks.blocks[0].attn.heads
+    size = '{}x{}'.format(*trunk.patches.image_size)
+    note = dict(heads=trunk.encoder.blocks[0].attn.heads, image_size=size,
+                positions='learned' if trunk.positions.requires_grad else 'sincos', format='pt')
+    if painter := getattr(model, 'decoder', None): note['decoder_heads'] = painter.blocks.blocks[0].attn.heads
     whole = {k: t.clone(memory_format=torch.contiguous_format) for k, t in theirs.items()}
     write_whole(path, lambda file: save_file(whole, file, metadata={k: str(v) for k, v in note.items()}))
     return list(theirs)
