@@ -1,36 +1,15 @@
 "How the fixtures of pictures alone, of stretched tables and of ViLT are built from their own config.json."
 import torch
 import torch.nn.functional as F
-from vl_tutor.models.backbones import bert_embedding_rules, both
 from vl_tutor.models.mae import MAE, ViTTrunk, drop_patches, pixel_loss
 from vl_tutor.models.parity import trace
 from vl_tutor.models.vilt import choose_patches, published_patches, real_patches, see_ragged
 from vl_tutor.models.vlc import VLC, VLCConfig
+from vl_tutor.models.vlc_files import mae_keys, vlc_keys
 from vl_tutor.primitives.patches import patchify, unpatchify
 from vl_tutor.primitives.positions import resize_positions, sincos_2d
-from vl_tutor.training.checkpoints import KeyMap
 from vl_tutor.training.transport import word_patch_loss
 from parity_golden import checker, fill
-
-
-def block_rules(theirs: str, ours: str) -> list:
-    names = {'norm1': 'norm1', 'norm2': 'norm2', 'attn.qkv': 'attn.to_qkv', 'attn.proj': 'attn.to_out', 'mlp.fc1': 'mlp.up', 'mlp.fc2': 'mlp.down'}
-    return [rule for a, b in names.items() for rule in both(f'{theirs}{{i}}.{a}', f'{ours}{{i}}.{b}')]
-
-
-def trunk_rules(theirs: str, ours: str='trunk.') -> list:
-    return [(theirs + 'cls_token', ours + 'cls', 'squeeze squeeze'), (theirs + 'pos_embed', ours + 'positions', 'squeeze'), *both(theirs + 'patch_embed.proj', ours + 'patches.proj'),
-            *block_rules(theirs + 'blocks.', ours + 'encoder.blocks.'), *both(theirs + 'norm', ours + 'norm')]
-
-
-def decoder_rules(theirs: str) -> list:
-    return [(theirs + 'mask_token', 'decoder.mask', 'squeeze squeeze'), (theirs + 'decoder_pos_embed', 'decoder.positions', 'squeeze'), *both(theirs + 'decoder_embed', 'decoder.embed'),
-            *block_rules(theirs + 'decoder_blocks.', 'decoder.blocks.blocks.'), *both(theirs + 'decoder_norm', 'decoder.norm'), *both(theirs + 'decoder_pred', 'decoder.pixels')]
-
-
-def head_rules() -> list:
-    return [('token_type_embeddings.weight', 'modality.weight'), *both('pooler.dense', 'pooler'), *both('mlm_score.transform.dense', 'heads.mlm.dense'), *both('mlm_score.transform.LayerNorm', 'heads.mlm.norm'),
-            ('mlm_score.decoder.weight', 'heads.mlm.words.weight'), ('mlm_score.bias', 'heads.mlm.bias'), *both('itm_score.fc', 'heads.itm'), *both('vqa_classifier.{i}', 'heads.vqa.{i}')]
 
 
 def sized(c: dict, **more) -> VLCConfig:
@@ -49,8 +28,7 @@ def soft_targets(labels: torch.Tensor, scores: torch.Tensor, answers: int) -> to
 def vilt(config, weights, io):
     c = config['config']
     given = {k.removeprefix('in.'): v for k, v in io.items() if k.startswith('in.')}
-    rules = [*bert_embedding_rules(), *trunk_rules('transformer.'), *head_rules()]
-    model = fill(VLC(sized(c, tasks=('mlm', 'itm', 'vqa'))), KeyMap(rules, drop=['text_embeddings.position_ids']), weights)
+    model = fill(VLC(sized(c, tasks=('mlm', 'itm', 'vqa'))), vlc_keys(), weights)
     picks, ids, mask = [given[f'select_row{b}'] for b in range(len(c['hw']))], given['text_ids'], given['text_masks']
 
     def see(images):
@@ -89,7 +67,7 @@ def mae(config, weights, io):
     c, images, noise = config['config'], io['in.image'], io['in.noise']
     trunk = ViTTrunk(image_size=c['image_size'], patch_size=c['patch_size'], width=c['hidden_size'], layers=c['num_layers'], heads=c['num_heads'],
                      hidden=int(c['hidden_size']*c['mlp_ratio']))
-    model = fill(MAE(trunk, dim=c['dec_dim'], layers=c['dec_depth'], heads=c['dec_heads']), KeyMap([*trunk_rules(''), *decoder_rules('')]), weights)
+    model = fill(MAE(trunk, dim=c['dec_dim'], layers=c['dec_depth'], heads=c['dec_heads'], hidden=int(c['dec_dim']*c['mlp_ratio'])), mae_keys(), weights)
     got, patch = model(images, noise=noise, ratio=c['mask_ratio']), c['patch_size']
     losses = {f'out.loss_norm_pix_{normal}': pixel_loss(got['pixels'], images, got['mask'], patch=patch, normalise=normal) for normal in (False, True)}
     return losses | {'out.latent': got['latent'], 'out.pred': got['pixels'], 'out.mask': got['mask'], 'out.ids_restore': got['restore'],

@@ -212,7 +212,7 @@ def published_vilt(
         positions='learned', modalities=shapes['embeddings.token_type_embeddings.weight'][0],
         tasks=(task,) if task else (), answers=answers), task
 
-# %% ../../nbs/models/43_vilt.ipynb #4f762b25
+# %% ../../nbs/models/43_vilt.ipynb #30bea468
 def load_vilt(
     path: str,   # directory or hub name of a ViLT, as transformers saves it
 ) -> VLC:        # with those weights and the head they have, in evaluation mode
@@ -222,4 +222,7 @@ def load_vilt(
     if (kind := config.get('model_type')) != 'vilt': raise ValueError(f'{folder} is a {kind!r}, not a ViLT')
     theirs = {k.removeprefix('vilt.'): v for k, v in load_official(folder).items()}
     sizes, task = published_vilt(config, {k: tuple(v.shape) for k, v in theirs.items()})
+    if task == 'mlm':                                       # transformers may tie it to the word table
+        words = theirs['embeddings.text_embeddings.word_embeddings.weight']
+        theirs.setdefault('mlm_score.decoder.weight', words)
     return load_tower(VLC(sizes), vilt_keys(task), theirs)
