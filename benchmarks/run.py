@@ -5,7 +5,7 @@ python benchmarks/run.py [P1 P3 …] [--pairs 9] [--threads 2]
 
 Both sides run in one process and in alternation (peer, ours, peer, ours …) after a warm-up, and their outputs are asserted equal before
 anything is timed. A row gives the median of the paired ratios and the least time of each side. The last line is one JSON object."""
-import argparse, json, logging, os, platform, random, statistics, sys, tempfile, time, warnings
+import argparse, json, logging, math, os, platform, random, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -14,7 +14,7 @@ warnings.filterwarnings('ignore'); logging.disable(logging.WARNING)
 import torch
 from transformers.utils.logging import disable_progress_bar
 from vl_tutor.primitives.attention import attend, attend_ref
-from vl_tutor.training import decoding, metrics
+from vl_tutor.training import decoding, metrics, retrieval
 
 disable_progress_bar()
 BOS = 1
@@ -156,7 +156,38 @@ def p12(pairs) -> list[dict]:
     return [row('P12', 'CIDEr-D, 1000 captions × 5 references, against pycocoevalcap', 4., race(peer, ours, pairs))]
 
 
-ROWS = dict(P1=p1, P2=p2, P3=p3, P5=p5, P12=p12)
+def recall_loop(scores, owner, ks) -> list[float]:
+    "One question after the other, equal scores in random order: R@k of pictures, then of texts"
+    hits = {(side, k): [] for side in 'ti' for k in ks}
+    for i, row in enumerate(scores):
+        own = row[owner == i]
+        best = own.max()
+        above, equal, mine = (row > best).sum().item(), (row == best).sum().item(), (own == best).sum().item()
+        for k in ks:
+            places = min(max(k - above, 0), equal)
+            hits['t', k].append(1 - math.comb(equal - mine, places)/math.comb(equal, places))
+    for home, column in zip(owner.tolist(), scores.T):
+        above, equal = (column > column[home]).sum().item(), (column == column[home]).sum().item()
+        for k in ks: hits['i', k].append(min(max((k - above)/equal, 0.), 1.))
+    return [statistics.mean(h) for h in hits.values()]
+
+
+def p13(pairs) -> list[dict]:
+    "R@1, 5 and 10 both ways, 1000 pictures with five texts each, scores rounded to half precision so that some are equal"
+    torch.manual_seed(0)
+    owner, ks = torch.arange(5000)//5, (1, 5, 10)
+    scores = (torch.randn(1000, 5000) + 2*(owner == torch.arange(1000)[:, None])).half().float()
+
+    def ours():
+        found = retrieval.recall(scores, owner, ks)
+        return [*found.tr.values(), *found.ir.values()]
+
+    peer = lambda: recall_loop(scores, owner, ks)
+    assert max(abs(a - b) for a, b in zip(peer(), ours())) < 1e-9, 'P13: other recalls'
+    return [row('P13', 'recall@k of 1000 × 5000 scores, ties exact, against a loop over questions', 5., race(peer, ours, pairs))]
+
+
+ROWS = dict(P1=p1, P2=p2, P3=p3, P5=p5, P12=p12, P13=p13)
 
 
 def main():

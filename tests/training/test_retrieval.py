@@ -12,7 +12,7 @@ from vl_tutor.data.transforms import normalised, squeezed
 from vl_tutor.models.parity import read_golden
 from vl_tutor.models.vilt import see_ragged
 from vl_tutor.models.vlc import BASE, SIZES, VLC, VLCConfig, init_vlc
-from vl_tutor.training.retrieval import (bar, evaluation_cost, hit_chance, match_score, open_scores, published_recall, recall, recall_ref, score_all,
+from vl_tutor.training.retrieval import (bar, counted, evaluation_cost, hit_chance, match_score, open_scores, published_recall, recall, recall_ref, score_all,
                                          score_all_ref, text_lengths)
 
 torch.set_num_threads(1)
@@ -129,6 +129,14 @@ def test_recall_is_the_mean_over_all_orders(table):
     ks = range(1, len(scores) + 1)
     fast, slow = recall(scores, owner, ks), recall_ref(scores, owner, ks)
     assert all(abs(a[k] - b[k]) < 1e-12 for a, b in zip(fast[:2], slow[:2]) for k in ks)
+
+@pytest.mark.parametrize('size', (1, 13, 40, 10**6))
+def test_blocks_count_what_the_whole_counts(size):
+    torch.manual_seed(0)
+    scores, row, column = torch.randint(5, (9, 13)).double(), torch.randint(5, (9,)).double(), torch.randint(5, (13,)).double()
+    right, down = counted(scores, row, column, size=size)
+    for i, compare in enumerate((torch.gt, torch.eq)):
+        assert torch.equal(right[i], compare(scores, row[:, None]).sum(1)) and torch.equal(down[i], compare(scores, column).sum(0))
 
 @pytest.mark.parametrize('seed', range(5))
 def test_without_ties_both_rules_agree(seed):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KS', 'match_score', 'score_all_ref', 'text_lengths', 'same_length', 'score_pairs', 'fingerprint', 'open_scores',
            'empty_scores', 'fill_table', 'score_all', 'Cost', 'si', 'evaluation_cost', 'bar', 'Recall', 'recall_ref',
-           'hit_chance', 'checked', 'recall', 'published_recall']
+           'hit_chance', 'checked', 'counted', 'recall', 'published_recall']
 
 # %% ../../nbs/training/38_retrieval.ipynb #ac452edc
 import hashlib, json, math
@@ -284,7 +284,25 @@ def checked(
         raise ValueError(f'R@{max(ks)} needs {max(ks)} pictures and texts, not {sizes}')
     return scores, owner, list(ks)
 
-# %% ../../nbs/training/38_retrieval.ipynb #42049766
+# %% ../../nbs/training/38_retrieval.ipynb #1e74a2e2
+def counted(
+    scores: Tensor,        # `(b t)`
+    row: Tensor,           # a bar for each row `(b)`
+    column: Tensor,        # a bar for each column `(t)`
+    *,
+    size: int=2**17,       # scores at once
+) -> tuple[Tensor, Tensor]:   # how many are above and how many equal, per row `(2 b)` and per column `(2 t)`
+    "Scores above their bar, and on it"
+    t, right = scores.shape[1], []
+    down, step = torch.zeros(2, t, device=scores.device), max(1, size//t)
+    buffer = down.new_empty(step, t)
+    for part, bar in zip(scores.split(step), row[:, None].split(step)):
+        found = buffer[:len(part)]                             # 1 or 0; sums of them are exact to 2²⁴
+        right.append(torch.stack([compare(part, bar, out=found).sum(1) for compare in (torch.gt, torch.eq)]))
+        down += torch.stack([compare(part, column, out=found).sum(0) for compare in (torch.gt, torch.eq)])
+    return torch.cat(right, 1).long(), down.long()
+
+# %% ../../nbs/training/38_retrieval.ipynb #d624e0db
 def recall(
     scores: Tensor,                # `(b t)`; higher fits better
     owner: Tensor,                 # for each text, the number of its picture; -1: of none `(t)`
@@ -298,11 +316,8 @@ def recall(
     best = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce(0, number, own, 'amax')     # (b)
     many = torch.zeros_like(best, dtype=torch.long)
     many.index_add_(0, number, ((own == best[number]) & asked).long())     # own texts as good as the best one
-    answers = many > 0                                                # pictures that have a text
-    count = lambda found, dim: found.sum(dim, dtype=torch.int32).long()
-    row = best[:, None]
-    right = count(scores > row, 1)[answers], count(scores == row, 1)[answers], many[answers]
-    down = count(scores > wanted, 0)[asked], count(scores == wanted, 0)[asked], asked[asked].long()
+    answers, (right, down) = many > 0, counted(scores, best, wanted)      # pictures that have a text
+    right, down = (*right[:, answers], many[answers]), (*down[:, asked], asked[asked].long())
     tr, ir = ({k: hit_chance(*side, k).mean().item() for k in ks} for side in (right, down))
     tied = torch.cat([equal > mine for _, equal, mine in (right, down)]).double().mean().item()
     return Recall(tr, ir, tied)
