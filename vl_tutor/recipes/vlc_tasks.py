@@ -4,7 +4,7 @@
 __all__ = ['more_words', 'moved', 'fitted', 'load_task', 'open_start', 'task_learner', 'prepare', 'finetune_vlc', 'own_recipe',
            'evaluate_vlc', 'write_answers']
 
-# %% ../../nbs/recipes/56_vlc_tasks.ipynb #9a2dbe39
+# %% ../../nbs/recipes/56_vlc_tasks.ipynb #0828a328
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -23,7 +23,7 @@ from .task_scores import fields_of, score_task
 from .vlc import VLCTool, load_vlc, tidy
 from ..training.checkpoints import load_model, read_card, save_model, write_whole
 from ..training.layer_decay import classifier_groups, finetuning_groups, freeze
-from ..world.tasks import WorldTask
+from ..world.tasks import as_list
 
 # %% ../../nbs/recipes/56_vlc_tasks.ipynb #cbf14871
 def more_words(
@@ -83,7 +83,7 @@ def fitted(
     new = moved(model, init_vlc(VLC(config), recipe.seed), answers=(tool.answers, answers))
     return VLCTool(new, words, list(answers), {})
 
-# %% ../../nbs/recipes/56_vlc_tasks.ipynb #2b3af9b3
+# %% ../../nbs/recipes/56_vlc_tasks.ipynb #832b9404
 def load_task(
     folder=None,      # of `finetune_vlc` or of any VLC of ours; the bundled one if None
 ) -> VLCTool:
@@ -98,14 +98,16 @@ def open_start(
     *,
     tokenizer=None,      # of an authors' file: folder of bert-base-uncased
     answers=None,        # of an authors' file with an answer head: JSON list of its answers
+    reads: bool=True,    # False: for classes, which need no words
 ) -> VLCTool:
     "What training or evaluation starts from"
     if isinstance(start, VLCTool): return start
     if not is_file(start): return load_task(start)
     from vl_tutor.models.vlc_files import load_vlc_weights
-    if tokenizer is None: raise ValueError(f'{start} holds no words: name the tokeniser, bert-base-uncased')
+    if reads and tokenizer is None:
+        raise ValueError(f'{start} holds no words: name the tokeniser, bert-base-uncased')
     model = load_vlc_weights(start)
-    words = load_tokenizer(tokenizer, vocab_size=model.config.vocab_size)
+    words = load_tokenizer(tokenizer, vocab_size=model.config.vocab_size) if tokenizer else None
     return VLCTool(model, words, read_answer_list(answers) if answers else [], dict(start=str(start)))
 
 # %% ../../nbs/recipes/56_vlc_tasks.ipynb #0b0d3241
@@ -155,7 +157,7 @@ def prepare(
     taught = TaskData(train, tool, recipe, see=recipe.vary)
     return tool, taught, TaskData(kept, tool, recipe, most=aside), lost
 
-# %% ../../nbs/recipes/56_vlc_tasks.ipynb #4b9079d9
+# %% ../../nbs/recipes/56_vlc_tasks.ipynb #8010de9f
 def finetune_vlc(
     data,                          # folder in a published format, 'world', or a `Source`
     folder,                        # gets weights, card, log and checkpoint; a run found there goes on
@@ -174,7 +176,7 @@ def finetune_vlc(
     from vl_tutor.training.learner import Checkpoints, StepLog
     r, folder = choose_recipe(task, recipe, start), Path(folder)
     source = known_format(data if isinstance(data, Source) else Source(data, **where))
-    begun = open_start(start, tokenizer=tokenizer)
+    begun = open_start(start, tokenizer=tokenizer, reads=task != 'classes')
     if source.data == 'world': r = replace(r, scenes=samples or r.scenes, epochs=1)
     tool, train, kept, lost = prepare(source, r, begun, splits=splits, aside=aside)
     if samples and source.data != 'world': r = replace(r, epochs=max(1, round(samples/len(train))))
@@ -202,7 +204,7 @@ def own_recipe(
     if card.get('task') == task: return TaskRecipe(**card['recipe'])
     return choose_recipe(task, None, start)
 
-# %% ../../nbs/recipes/56_vlc_tasks.ipynb #5fe41393
+# %% ../../nbs/recipes/56_vlc_tasks.ipynb #38ce755f
 def evaluate_vlc(
     start,                           # see `open_start`; None: the bundled weights
     data,                            # folder in a published format, 'world', or a `Source`
@@ -217,7 +219,7 @@ def evaluate_vlc(
     **where,                         # other fields of `Source`
 ) -> dict:                           # task, split, samples, scores: row → seen, shuffled, text, majority, n
     "Score a model on a task, all kinds apart, beside readers that see no picture or a wrong one"
-    tool = open_start(start, tokenizer=tokenizer, answers=answers)
+    tool = open_start(start, tokenizer=tokenizer, answers=answers, reads=task != 'classes')
     recipe = own_recipe(tool, task, start)
     source = known_format(data if isinstance(data, Source) else Source(data, **where))
     split, side = split or source.split('test'), tool.model.config.image_size
@@ -238,6 +240,6 @@ def write_answers(
 ):
     "The list that the VQA challenge takes"
     if 'question' not in found: raise ValueError(f'{out}: only answers to questions are written')
-    numbers = found.get('question_id', range(len(said)))
-    rows = [dict(question_id=int(k) if str(k).isdecimal() else k, answer=a) for k, a in zip(numbers, said)]
+    numbers = as_list(found.get('question_id', range(len(said))))
+    rows = [dict(question_id=k, answer=a) for k, a in zip(numbers, said)]
     write_whole(Path(out), lambda path: path.write_text(json.dumps(rows), encoding='utf-8'))
