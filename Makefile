@@ -21,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-demo: $(USE) ## environment, install, and the captioning demo on http://127.0.0.1:7860 (no network after the install)
+demo: $(USE) ## environment, install, and the demo on http://127.0.0.1:7860 (no network after the install)
 	HF_HUB_OFFLINE=1 $(BIN)/vl-tutor demo --port $(PORT)
 
 test: $(DEV) ## environment, install, and every check: export in sync, docs without a warning, notebooks, parity, browser

@@ -98,6 +98,8 @@ def test_vl_tutor_command(command, tmp_path):
     r = subprocess.run([bin_dir/'vl-tutor', *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert r.returncode == 0, r.stderr
     if 'caption docs' in command: assert PICTURES['scene.png'][2] in r.stdout
+    elif command.startswith('vl-tutor answer docs/'): assert r.stdout.startswith('docs/images/scene.png: blue') and 'blind' in r.stdout
+    elif command.startswith('vl-tutor retrieve "'): assert r.stdout.splitlines()[0].endswith('docs/images/scene.png')
     elif command == 'vl-tutor data check docs/images': assert 'csv' in r.stdout and '2 records, 0 broken' in r.stdout
     elif command == 'vl-tutor data formats': assert {'coco', 'vqav2', 'refcoco+', 'msrvtt', 'shards'} <= {line.split()[0] for line in r.stdout.splitlines()}
     else: assert 'Usage' in r.stdout and len(r.stdout.split()) > 30

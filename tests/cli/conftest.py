@@ -38,6 +38,34 @@ def weights(tmp_path_factory, model):
     return folder
 
 
+@pytest.fixture(scope='session')
+def vlc_weights(tmp_path_factory):
+    "A folder of an untrained VLC"
+    from dataclasses import replace
+    from vl_tutor.models.vlc import VLC, init_vlc
+    from vl_tutor.recipes.train_vlc import TINY
+    from vl_tutor.training.checkpoints import save_model
+    from vl_tutor.world.questions import ANSWERS
+    from vl_tutor.world.tasks import task_tokenizer
+    folder, words = tmp_path_factory.mktemp('ours')/'vlc', task_tokenizer()
+    model = init_vlc(VLC(replace(TINY, vocab_size=words.vocab_size)), 0).eval()
+    save_model(model, folder, dict(answers=list(ANSWERS)))
+    words.save(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def gallery(tmp_path_factory):
+    "Six scenes in two folders, and a file with their captions"
+    from vl_tutor.world.scenes import World
+    folder, batch = tmp_path_factory.mktemp('gallery'), World('pair', 'test').batch(range(6))
+    (folder/'more').mkdir()
+    for i, pixels in enumerate(batch['image']):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder/('more' if i > 3 else '.')/f'{i}.png')
+    (folder/'captions.txt').write_text('\n\n'.join(batch['caption']) + '\n', encoding='utf-8')
+    return SimpleNamespace(folder=folder, files=[folder/('more' if i > 3 else '.')/f'{i}.png' for i in range(6)], captions=batch['caption'], texts=folder/'captions.txt')
+
+
 def small_clip():
     from transformers import CLIPVisionConfig
     return CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)

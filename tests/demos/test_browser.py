@@ -7,22 +7,13 @@ from PIL import Image
 
 
 @pytest.fixture
-def visit(browser, page):
-    "Open the page; afterwards nothing may have gone wrong, and nobody else may have been asked"
-    contexts, seen = [], []
-    def open_page(width=1280, height=900, dark=False):
-        context = browser.new_context(viewport=dict(width=width, height=height), color_scheme='dark' if dark else 'light')
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on('request', lambda r: seen.append(('request', r.url)) if not re.match(r'data:|blob:|http://127\.0\.0\.1[:/]', r.url) else None)
-        tab.on('pageerror', lambda e: seen.append(('page error', str(e))))
-        tab.on('console', lambda m: seen.append(('console', m.text)) if m.type == 'error' and 'status of 4' not in m.text else None)
-        tab.goto(page.local_url + ('?__theme=dark' if dark else ''))
+def visit(watch, page):
+    "Open the page, and wait for its first caption"
+    def open_page(*screen):
+        tab = watch(page.local_url, *screen)
         tab.locator('.vlt-text').wait_for(timeout=30_000)
         return tab
-    yield open_page
-    for context in contexts: context.close()
-    assert not seen, seen
+    return open_page
 
 
 def picture(locator): return np.array(Image.open(io.BytesIO(locator.screenshot())).convert('RGB')).astype(int)

@@ -259,14 +259,15 @@ def finetune(
         f'{r["pictures"]} pictures, {r["kept_aside"]} kept aside, {r["broken"]} broken records left out',
         *(show(name, score) for name, score in r['scores'].items()), f'trained: {folder}'])
 
-# %% ../../nbs/demos/69_command_line.ipynb #6dba51e5
+# %% ../../nbs/demos/69_command_line.ipynb #90d80449
 PAGES = ('all', 'caption', 'answer')
 
 DEMO = """Open the demo in the browser: roll, draw or upload a picture.
 
-Two pages in one. A captioner: see where it looked when it wrote each word. And questions: ask, judge a
-statement about two pictures, find a picture in words, fill gaps. The demo serves this machine only
-(127.0.0.1), looks nothing up outside, and ends with Ctrl-C.
+Two pages in one. A captioner: see where it looked when it wrote each word.
+And questions: ask, judge a statement about two pictures, find a picture in
+words, fill gaps. The demo serves this machine only (127.0.0.1), looks nothing
+up outside, and ends with Ctrl-C.
 
 \b
 [bold]Examples[/]

@@ -47,12 +47,13 @@ def at_least(
     "Refuse a number that is too small"
     if value < least: raise ValueError(f'{name} {value}: at least {least}')
 
-# %% ../../nbs/demos/66_vlc_commands.ipynb #ce7a79c7
+# %% ../../nbs/demos/66_vlc_commands.ipynb #cd8f6adf
 ANSWER = """Answer a question about pictures, or judge a statement about two.
 
-The bundled model knows a generated world of coloured shapes, and nothing else. Numbers are
-probabilities. With --blind a second column says what is answered without looking: the same question,
-averaged over sixty other pictures.
+The bundled model knows a generated world of coloured shapes, and nothing
+else. Numbers are probabilities. With --blind a second column says what is
+answered without looking: the same question, averaged over sixty other
+pictures.
 
 \b
 [bold]Examples[/]
@@ -152,11 +153,11 @@ def lines_of(
     if not said: raise ValueError(f'{files[0]} holds no sentence')
     return said
 
-# %% ../../nbs/demos/66_vlc_commands.ipynb #60cb9ff8
+# %% ../../nbs/demos/66_vlc_commands.ipynb #d37c3fc6
 RETRIEVE = """Find pictures for a sentence, or sentences for a picture.
 
-Every picture is read once and compared with the sentence by the whole model. Scores compare within one
-request: above 0 it fits rather than not.
+Every picture is read once and compared with the sentence by the whole model.
+Scores compare within one request; above 0, it fits rather than not.
 
 \b
 [bold]Examples[/]

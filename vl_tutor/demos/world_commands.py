@@ -58,14 +58,15 @@ def train_lessons(
     with watched(): train_vlc(folder, preset=preset, **how)
     return stages[-1]
 
-# %% ../../nbs/demos/66_world_commands.ipynb #b5111a1f
+# %% ../../nbs/demos/66_world_commands.ipynb #aa58b085
 TRAIN = """Train a model on the generated world.
 
-A captioner in three parts: vision (name what lies on each patch) and language (guess the next word of
-captions), each alone; then the captioner: both towers stay as they are, and only the bridge between them
-learns. Or vlc, in stages: captions first, then questions, pairs and rankings, each in a folder of its own. A
-run saves itself as it goes, and on Ctrl-C; --resume goes on as if nothing had happened. Its folder gets
-weights, a card and a log.
+A captioner in three parts: vision (name what lies on each patch) and
+language (guess the next word of captions), each alone; then the captioner:
+both towers stay as they are, and only the bridge between them learns. Or vlc,
+in stages: captions first, then questions, pairs and rankings, each in a
+folder of its own. A run saves itself as it goes, and on Ctrl-C; --resume goes
+on as if nothing had happened. Its folder gets weights, a card and a log.
 
 \b
 [bold]Examples[/]
@@ -140,15 +141,17 @@ def score_table(result: dict) -> list[str]:
         rows.append(f'{name} of {found["n"]}:  {told}  (chance {found["chance"]:.3f})')
     return [' '*16 + ''.join(f'{k:>10}' for k in BLIND) + f'{"n":>8}', *rows]
 
-# %% ../../nbs/demos/66_world_commands.ipynb #bc2e4ced
+# %% ../../nbs/demos/66_world_commands.ipynb #cd83a051
 SKINS = dict(captioner='mixed', vlc='shapes')    # what the bundled weights were trained on
 
 EVALUATE = """Score a model on scenes that it never saw.
 
-exact is the share of captions that are right word for word; kind, colour, size and relation are the
-shares of these that are right; bleu4 counts runs of up to four words, and 1 is perfect. With --shuffled every
-caption is made from the picture of another scene: a model that looks falls to almost 0. With --system vlc:
-questions, statements about two pictures, and pictures to find, each beside readers who see nothing.
+For the captioner: exact is the share of captions that are right word for
+word; kind, colour, size and relation are the shares of these that are right;
+bleu4 counts runs of up to four words, and 1 is perfect. With --shuffled every
+caption is made from the picture of another scene: a model that looks falls to
+almost 0. With --system vlc: questions, statements about two pictures, and
+pictures to find, each beside readers who see nothing.
 
 \b
 [bold]Examples[/]
