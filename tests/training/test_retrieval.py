@@ -12,7 +12,7 @@ from vl_tutor.data.transforms import normalised, squeezed
 from vl_tutor.models.parity import read_golden
 from vl_tutor.models.vilt import see_ragged
 from vl_tutor.models.vlc import BASE, SIZES, VLC, VLCConfig, init_vlc
-from vl_tutor.training.retrieval import (bar, counted, evaluation_cost, hit_chance, match_score, open_scores, published_recall, recall, recall_ref, score_all,
+from vl_tutor.training.retrieval import (bar, counted, evaluation_cost, fingerprint, hit_chance, match_score, open_scores, published_recall, recall, recall_ref, score_all,
                                          score_all_ref, text_lengths)
 
 torch.set_num_threads(1)
@@ -104,6 +104,10 @@ def test_scores_of_something_else_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f'scores.npy holds scores of other {what}: name a new file'): score_all(**given_, file=file)
     (tmp_path/'scores.json').unlink()
     with pytest.raises(ValueError, match='holds scores of other'): score_all(model, images, ids, mask, file=file)
+    file.write_bytes(file.read_bytes()[:100])
+    stored = dict(texts=fingerprint(ids, mask), pictures=fingerprint(*images[:1], *images[-1:]), weights=fingerprint(*model.state_dict().values()), shape=[5, 7])
+    (tmp_path/'scores.json').write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match='scores.npy is damaged'): score_all(model, images, ids, mask, file=file)
     with pytest.raises(ValueError, match='ends in .npy'): score_all(model, images, ids, mask, file=tmp_path/'scores.txt')
 
 def test_a_new_table_is_empty_and_whole(tmp_path):

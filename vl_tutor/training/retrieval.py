@@ -88,7 +88,7 @@ def fingerprint(
         h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
-# %% ../../nbs/training/38_retrieval.ipynb #d3c50731
+# %% ../../nbs/training/38_retrieval.ipynb #21ab0f96
 def open_scores(
     file: Path,                   # ends in .npy; a card of the same name lies beside it
     shape: tuple[int, int],       # pictures, texts
@@ -105,7 +105,8 @@ def open_scores(
         write_whole(card, lambda path: path.write_text(json.dumps(said), encoding='utf-8'))
         write_whole(file, lambda path: empty_scores(path, shape))
     try: return np.lib.format.open_memmap(file, mode='r+')
-    except (ValueError, OSError) as error: raise ValueError(f'{file} is damaged: remove it to start again') from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f'{file} is damaged: remove it to start again') from error
 
 # %% ../../nbs/training/38_retrieval.ipynb #4030d14e
 def empty_scores(path: Path, shape: tuple[int, int]):
