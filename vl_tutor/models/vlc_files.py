@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'OFFICIAL_HEADS', 'PUBLISHED_HEADS', 'PUBLISHED_DECODER_HEADS', 'block_rules', 'trunk_rules', 'decoder_rules',
-           'head_rules', 'vlc_keys', 'mae_keys', 'classifier_keys', 'Official', 'noted', 'open_official', 'kind_of',
-           'shape_of', 'numbered', 'attention_heads', 'grid_in', 'decoder_sizes', 'trunk_sizes', 'vlc_sizes',
-           'stretched', 'adopted', 'Loaded', 'part_of', 'fill_up', 'read_vlc', 'load_vlc_weights', 'classifier_sizes',
-           'read_classifier', 'official_tensors', 'save_official']
+           'head_rules', 'vlc_keys', 'mae_keys', 'classifier_keys', 'official_tensors', 'save_official', 'Official',
+           'noted', 'open_official', 'kind_of', 'shape_of', 'numbered', 'attention_heads', 'grid_in', 'decoder_sizes',
+           'trunk_sizes', 'vlc_sizes', 'classifier_sizes', 'stretched', 'adopted', 'Loaded', 'part_of', 'fill_up',
+           'read_vlc', 'load_vlc_weights', 'read_classifier']
 
-# %% ../../nbs/models/45_vlc_files.ipynb #d24d11f7
+# %% ../../nbs/models/45_vlc_files.ipynb #5c7c75cf
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ from .vlc import HEADS, VLC, VLCConfig, init_vlc
 from ..primitives.patches import grid_of
 from ..primitives.positions import resize_positions
 from ..training.checkpoints import KeyMap, load_official, write_whole
-from ..training.released import listed, pick_weights, read_torch
+from ..training.released import pick_weights, read_torch
 
 # %% ../../nbs/models/45_vlc_files.ipynb #44a02dce
 BLOCK = {'norm1': 'norm1', 'norm2': 'norm2', 'attn.qkv': 'attn.to_qkv', 'attn.proj': 'attn.to_out',
@@ -89,6 +89,34 @@ def classifier_keys(
     "Every key of the ImageNet classifier, whose one norm has two names"
     norm = 'fc_norm' if pool == 'gap' else 'norm'
     return KeyMap([*trunk_rules(''), *both(norm, 'norm'), *both('head', 'head')])
+
+# %% ../../nbs/models/45_vlc_files.ipynb #4066b392
+def official_tensors(
+    model: nn.Module,    # a `VLC`, `MAE` or `Classifier`
+) -> dict[str, Tensor]:  # official name → tensor
+    "The way back: the authors' names, and the buffer that their files carry"
+    if isinstance(model, Classifier): keys = classifier_keys(model.config.pool)
+    elif isinstance(model, MAE): keys = mae_keys()
+    elif isinstance(model, VLC): keys = vlc_keys()
+    else: raise ValueError(f'a {type(model).__name__} has no official names: give a VLC, MAE or Classifier')
+    theirs = {k: t.detach().cpu() for k, t in keys.to_official(model.state_dict()).items()}
+    places = isinstance(model, VLC) and torch.arange(model.config.text_len)[None]
+    return theirs if places is False else {'text_embeddings.position_ids': places, **theirs}
+
+def save_official(
+    model: nn.Module,    # a `VLC`, `MAE` or `Classifier`
+    path: str|Path,      # a `.safetensors` file, written whole
+) -> list[str]:          # the official names in it
+    "A file with the authors' names; what no shape tells stands in its header"
+    path, trunk, theirs = Path(path), model.trunk, official_tensors(model)
+    if path.suffix != '.safetensors': raise ValueError(f'{path}: official names go into a .safetensors file')
+    size = '{}x{}'.format(*trunk.patches.image_size)
+    note = dict(heads=trunk.encoder.blocks[0].attn.heads, image_size=size,
+                positions='learned' if trunk.positions.requires_grad else 'sincos', format='pt')
+    if painter := getattr(model, 'decoder', None): note['decoder_heads'] = painter.blocks.blocks[0].attn.heads
+    whole = {k: t.clone(memory_format=torch.contiguous_format) for k, t in theirs.items()}
+    write_whole(path, lambda file: save_file(whole, file, metadata={k: str(v) for k, v in note.items()}))
+    return list(theirs)
 
 # %% ../../nbs/models/45_vlc_files.ipynb #98c36fb2
 @dataclass(frozen=True)
@@ -219,6 +247,22 @@ def vlc_sizes(
         text_len=rows('text_embeddings.position'), tasks=tasks, answers=answers,
         positions='sincos' if fixed else 'learned')
 
+# %% ../../nbs/models/45_vlc_files.ipynb #133c4b6e
+def classifier_sizes(
+    official: Official,        # of a classifier, VLC, ViLT or MAE
+    prefix: str,               # 'transformer.' or ''
+    *,
+    classes: int|None=None,    # answers; None: as in the file
+    pool: str|None=None,       # 'gap', 'cls'; None: as in the file
+    heads: int|None=None,      # of attention, where the file does not tell
+) -> ClassifierConfig:
+    "The configuration of a classifier that a file can fill"
+    own = 'head.weight' in official.tensors
+    if not own and classes is None: raise ValueError(f'{official.name} has no list of classes: give classes=')
+    pool = pool or ('cls' if own and 'fc_norm.weight' not in official.tensors else 'gap')
+    classes = classes or shape_of(official, 'head.weight')[0]
+    return ClassifierConfig(**trunk_sizes(official, prefix, heads), classes=classes, pool=pool)
+
 # %% ../../nbs/models/45_vlc_files.ipynb #547664b3
 def stretched(
     official: Official,
@@ -290,7 +334,7 @@ def fill_up(
     model.load_state_dict({n: t.float() for n, t in ours.items()}, assign=True)
     return model.eval(), new
 
-# %% ../../nbs/models/45_vlc_files.ipynb #f2f8be42
+# %% ../../nbs/models/45_vlc_files.ipynb #b0ee3385
 def read_vlc(
     source,                               # a file of VLC, ViLT or MAE, or a dict of its tensors
     *,
@@ -315,12 +359,13 @@ def read_vlc(
     tables, more = stretched(official, c)
     drop, other = set(HEADS) - set(c.tasks), named.get('vqa_classifier.3.bias')
     if other is not None and len(other) != c.answers: drop.add('vqa')
-    unused = [k for k in named if k.startswith(tuple(OFFICIAL_HEADS[t] for t in drop))]
+    starts = [OFFICIAL_HEADS[t] for t in drop] + ['transformer.mask', 'transformer.decoder_']*(not c.decoder_layers)
+    unused = [k for k in named if k.startswith(tuple(starts))]
     theirs = {k: t for k, t in (named | made | tables).items() if k not in set(unused)}
     may_lack = ('heads.', 'text.', 'modality.', 'pooler.', 'decoder.') if kind == 'mae' else ('heads.',)
     model, new = fill_up(official, theirs, keys=vlc_keys(), config=c, may_lack=may_lack, seed=seed)
     names = [name for ours in new for name in vlc_keys().official_names(ours)]
-    return Loaded(model, kind, names, unused, changed | more)
+    return Loaded(model, kind, names, unused, {k: how for k, how in (changed | more).items() if k in theirs})
 
 # %% ../../nbs/models/45_vlc_files.ipynb #a6ecb5b8
 def load_vlc_weights(
@@ -329,22 +374,6 @@ def load_vlc_weights(
 ) -> VLC:         # in evaluation mode
     "`read_vlc` without the report"
     return read_vlc(source, **wanted).model
-
-# %% ../../nbs/models/45_vlc_files.ipynb #133c4b6e
-def classifier_sizes(
-    official: Official,        # of a classifier, VLC, ViLT or MAE
-    prefix: str,               # 'transformer.' or ''
-    *,
-    classes: int|None=None,    # answers; None: as in the file
-    pool: str|None=None,       # 'gap', 'cls'; None: as in the file
-    heads: int|None=None,      # of attention, where the file does not tell
-) -> ClassifierConfig:
-    "The configuration of a classifier that a file can fill"
-    own = 'head.weight' in official.tensors
-    if not own and classes is None: raise ValueError(f'{official.name} has no list of classes: give classes=')
-    pool = pool or ('cls' if own and 'fc_norm.weight' not in official.tensors else 'gap')
-    classes = classes or shape_of(official, 'head.weight')[0]
-    return ClassifierConfig(**trunk_sizes(official, prefix, heads), classes=classes, pool=pool)
 
 # %% ../../nbs/models/45_vlc_files.ipynb #3c4ab232
 def read_classifier(
@@ -375,31 +404,3 @@ def read_classifier(
     keys = classifier_keys(c.pool)
     model, new = fill_up(official, theirs, keys=keys, config=c, may_lack=may_lack, seed=seed)
     return Loaded(model, kind, [name for ours in new for name in keys.official_names(ours)], unused, changed)
-
-# %% ../../nbs/models/45_vlc_files.ipynb #4066b392
-def official_tensors(
-    model: nn.Module,    # a `VLC`, `MAE` or `Classifier`
-) -> dict[str, Tensor]:  # official name → tensor
-    "The way back: the authors' names, and the buffer that their files carry"
-    if isinstance(model, Classifier): keys = classifier_keys(model.config.pool)
-    elif isinstance(model, MAE): keys = mae_keys()
-    elif isinstance(model, VLC): keys = vlc_keys()
-    else: raise ValueError(f'a {type(model).__name__} has no official names: give a VLC, MAE or Classifier')
-    theirs = {k: t.detach().cpu() for k, t in keys.to_official(model.state_dict()).items()}
-    places = isinstance(model, VLC) and torch.arange(model.config.text_len)[None]
-    return theirs if places is False else {'text_embeddings.position_ids': places, **theirs}
-
-def save_official(
-    model: nn.Module,    # a `VLC`, `MAE` or `Classifier`
-    path: str|Path,      # a `.safetensors` file, written whole
-) -> list[str]:          # the official names in it
-    "A file with the authors' names; what no shape tells stands in its header"
-    path, trunk, theirs = Path(path), model.trunk, official_tensors(model)
-    if path.suffix != '.safetensors': raise ValueError(f'{path}: official names go into a .safetensors file')
-    size = '{}x{}'.format(*trunk.patches.image_size)
-    note = dict(heads=trunk.encoder.blocks[0].attn.heads, image_size=size,
-                positions='learned' if trunk.positions.requires_grad else 'sincos', format='pt')
-    if painter := getattr(model, 'decoder', None): note['decoder_heads'] = painter.blocks.blocks[0].attn.heads
-    whole = {k: t.clone(memory_format=torch.contiguous_format) for k, t in theirs.items()}
-    write_whole(path, lambda file: save_file(whole, file, metadata={k: str(v) for k, v in note.items()}))
-    return list(theirs)
