@@ -174,7 +174,7 @@ def known_format(
     if not Path(source.data).is_dir(): raise ValueError(f'{source.data} is not a folder, nor is it world')
     return replace(source, format=format_of(source.format or detect_format(source.data)).name)
 
-# %% ../../nbs/recipes/56_task_data.ipynb #d4a9a160
+# %% ../../nbs/recipes/56_task_data.ipynb #29ee5781
 def open_source(
     source: Source,
     task: str,             # a key of `TASKS`
@@ -196,6 +196,7 @@ def open_source(
     if missing: raise ValueError(f'{source.data} has no {missing[0]}s, which {task} need')
     return found
 
+# %% ../../nbs/recipes/56_task_data.ipynb #ad56afed
 def without_broken(source):
     "The same without samples whose pictures cannot be opened, if those are to be left out"
     if not isinstance(source, Annotated) or source.problems.on_error == 'raise': return source
@@ -206,6 +207,7 @@ def without_broken(source):
     if not kept: raise ValueError(f'{source.root}: not one of {len(source)} pictures can be opened')
     return Annotated(kept, source.root, picture=source.picture, problems=source.problems)
 
+# %% ../../nbs/recipes/56_task_data.ipynb #2d122411
 def every_answer(folder) -> set[str]:
     "Whatever anybody answered in VQAv2's files, so that nothing is left out unseen"
     found = set()

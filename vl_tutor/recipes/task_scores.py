@@ -16,7 +16,7 @@ from .task_data import TASKS, TaskData
 from ..training.retrieval import recall, score_all
 from ..world.tasks import TextOnly
 
-# %% ../../nbs/recipes/56_task_scores.ipynb #b76d528b
+# %% ../../nbs/recipes/56_task_scores.ipynb #6f803d88
 def parts_of(
     n: int,               # samples
     size: int=64,         # at least so many together, so that pictures can change places
@@ -24,6 +24,7 @@ def parts_of(
     "Numbers from 0 in parts of nearly equal size"
     return [part.tolist() for part in torch.arange(n).tensor_split(max(1, n//size))]
 
+# %% ../../nbs/recipes/56_task_scores.ipynb #2258f2b3
 def shuffled(
     batch: dict,     # with `image` or `pair`
 ) -> dict:           # every text with the picture of another sample
@@ -52,7 +53,7 @@ def best_choices(
     model.train(was)
     return said
 
-# %% ../../nbs/recipes/56_task_scores.ipynb #a4512500
+# %% ../../nbs/recipes/56_task_scores.ipynb #a359ce15
 def truth_of(
     found: dict,       # of `texts`: all fields but pictures
     task: str,
@@ -62,6 +63,7 @@ def truth_of(
     best = lambda names, scores: names[max(range(len(names)), key=scores.__getitem__)] if names else ''
     return [best(*row) for row in zip(found['answers'], found['scores'])]
 
+# %% ../../nbs/recipes/56_task_scores.ipynb #ef90f137
 def blind_choices(
     known: dict,       # fields of samples to learn from
     found: dict,       # fields of samples to answer
@@ -81,7 +83,7 @@ def blind_choices(
         for who, them in guesses.items(): said.setdefault(who, {}).update(zip(asked, them))
     return {who: [them[i] for i in range(len(kinds[1]))] for who, them in said.items()}
 
-# %% ../../nbs/recipes/56_task_scores.ipynb #a0cb7160
+# %% ../../nbs/recipes/56_task_scores.ipynb #bea973e0
 def credit(
     said,                   # answers, labels
     found: dict,            # fields of the samples
@@ -92,6 +94,7 @@ def credit(
     rows = zip(said, found['answers'], found['scores'])
     return torch.tensor([dict(zip(names, scores)).get(a, 0.) for a, names, scores in rows])
 
+# %% ../../nbs/recipes/56_task_scores.ipynb #6dba151b
 def official(
     said: list[str],        # answers
     annotators: list[list[str]],
@@ -113,7 +116,7 @@ def table_of(
     for i, kind in enumerate(kinds or []): groups.setdefault(kind, []).append(i)
     return {kind: share(rows) for kind, rows in groups.items()}
 
-# %% ../../nbs/recipes/56_task_scores.ipynb #aa692f98
+# %% ../../nbs/recipes/56_task_scores.ipynb #d0977b37
 def fields_of(
     source,            # from `open_source`
     most: int,         # samples
@@ -144,6 +147,7 @@ def choice_scores(
         scores |= {'top 5': table_of({who: among(rows) for who, rows in chosen.items()})['all']}
     return scores, said['seen']
 
+# %% ../../nbs/recipes/56_task_scores.ipynb #f72af2a5
 def more_questions(said: dict, found: dict, known: set) -> dict[str, dict]:
     "Two more rows: questions with an answer that was learnt, as published, and the official accuracy"
     rows, kept = {}, [i for i, names in enumerate(found['answers']) if known & set(names)]
