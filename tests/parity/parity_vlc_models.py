@@ -153,7 +153,7 @@ def lightning_ckpt(config, weights, io):
     assert sorted(opened.beside) == sorted(config['hyper_parameter_keys'])
     assert set(opened.tensors) == set(weights) and all(torch.equal(t, weights[k]) for k, t in opened.tensors.items())
     model = load_vlc_weights(path, decoder_heads=c['dec_heads'])
-    assert model.config == sized(c, 'mlm', 'itm'), 'sizes are read from shapes and settings'
+    assert model.config == sized(c, *model.config.tasks), 'sizes are read from shapes and settings'
     return named(official_tensors(model))
 
 
