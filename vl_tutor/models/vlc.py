@@ -15,7 +15,7 @@ from .backbones import BertEmbedding, Span
 from .mae import Kept, PixelDecoder, ViTTrunk
 from ..primitives.positions import resize_positions
 
-# %% ../../nbs/models/42_vlc.ipynb #798511e4
+# %% ../../nbs/models/42_vlc.ipynb #eb1184bf
 @dataclass(frozen=True)
 class VLCConfig:
     "Sizes of a VLC; the defaults are the released base model in pre-training"
@@ -96,7 +96,7 @@ HEADS = dict(
     rank=lambda c: nn.Linear(c.width, 1),
 )
 
-# %% ../../nbs/models/42_vlc.ipynb #c05e1247
+# %% ../../nbs/models/42_vlc.ipynb #68a04bad
 class VLC(nn.Module):
     "Words and patches in one sequence through one trunk (Gui et al. 2022)"
     def __init__(self, config: VLCConfig = VLCConfig()):
