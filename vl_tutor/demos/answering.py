@@ -7,13 +7,14 @@ __all__ = ['ANSWER_LOOK', 'QUIET', 'HEAVY', 'TABS', 'PAGES', 'introduce_answers'
            'number_and_roll', 'wire', 'forget', 'ask_parts', 'try_questions', 'ask_tab', 'pair_tab', 'place_of',
            'find_tab', 'fill_tab', 'build_answers', 'build_pages', 'launch_page']
 
-# %% ../../nbs/demos/61_answering.ipynb #5d016342
+# %% ../../nbs/demos/61_answering.ipynb #cd57c327
 import os
 from PIL import Image
 from ..data.images import open_image
 from .answer_desk import AnswerDesk, belongs, remark, true_answer
 from .captioning import build_demo, drawing_board, guard, in_a_sentence, serve
 from .word_maps import word_view
+from ..primitives.notation import PALETTE
 
 # %% ../../nbs/demos/61_answering.ipynb #6005344f
 def introduce_answers(
@@ -31,7 +32,7 @@ One transformer of {millions:.1f} million parameters reads words and {side}×{si
 It knows a **generated world** of coloured shapes, and nothing else: asked about a photograph, it answers all
 the same."""
 
-# %% ../../nbs/demos/61_answering.ipynb #e3db5dbc
+# %% ../../nbs/demos/61_answering.ipynb #b4d51e1a
 ANSWER_LOOK = """
 .vla-pic img,.vla-wall img{image-rendering:pixelated}
 .vla-pic img{width:100%;height:100%;object-fit:contain}
@@ -40,21 +41,23 @@ ANSWER_LOOK = """
 
 def picture_box(
     name: str,           # in the page's HTML
-    label: str='Roll a picture, or send yours (JPEG, PNG, WebP or BMP, up to 10 MB)',
+    first,               # picture shown when the page opens
+    label: str='Roll one, or send yours',
 ):                       # a gradio Image
     "A picture that can be rolled into, dropped or pasted"
     import gradio as gr
     how = dict(type='filepath', format='png', sources=['upload', 'clipboard'], height=330)
-    return guard(gr.Image(elem_id=name, elem_classes='vla-pic', label=label, **how))
+    return guard(gr.Image(first, elem_id=name, elem_classes='vla-pic', label=label, **how))
 
 def square(picture) -> Image.Image:
     "A picture as VLC sees it: squeezed to a square, whatever its shape"
     image = open_image(picture)
     return image if image.width == image.height else image.resize((384, 384))
 
-# %% ../../nbs/demos/61_answering.ipynb #c47daa30
+# %% ../../nbs/demos/61_answering.ipynb #d518d433
 def beside(
     name: str,           # in the page's HTML
+    first: tuple,        # answers → probability, with the picture and without it
     others: str,         # that the second is made of
     top: int=5,          # answers shown
 ) -> list:               # two gradio Labels
@@ -63,8 +66,8 @@ def beside(
     how = dict(num_top_classes=top, min_width=200)
     blind = f'Without it: averaged over {others}'
     with gr.Row():
-        return [gr.Label(label='With the picture', elem_id=f'{name}-seen', **how),
-                gr.Label(label=blind, elem_id=f'{name}-blind', color='#999999', **how)]
+        return [gr.Label(first[0], label='With the picture', elem_id=f'{name}-seen', **how),
+                gr.Label(first[1], label=blind, elem_id=f'{name}-blind', **how)]
 
 def number_and_roll(
     name: str,           # in the page's HTML
@@ -78,12 +81,11 @@ def number_and_roll(
         number = gr.Number(first, elem_id=f'{name}-number', **how)
         return number, gr.Button(f'Roll {what}', elem_id=f'{name}-roll', scale=3, min_width=160)
 
-# %% ../../nbs/demos/61_answering.ipynb #0d1a1a69
+# %% ../../nbs/demos/61_answering.ipynb #5ffab166
 QUIET = dict(api_visibility='private')
 HEAVY = dict(show_progress='minimal', concurrency_id='vlc', concurrency_limit=1)
 
 def wire(
-    demo,             # the page
     at: dict,         # number, roll, text, go, tries; lists: place (of what is rolled), rolled, asked, shown
     roll,             # place → rolled
     show,             # asked → shown
@@ -96,7 +98,6 @@ def wire(
     at['number'].submit(inputs=place, api_name=names[0], **new).then(**ready, **QUIET)    # named first
     at['go'].click(api_name=names[1], **ready)
     at['text'].submit(**ready, **QUIET)
-    demo.load(inputs=place, **new, **QUIET).then(**ready, **QUIET)
     at['roll'].click(inputs=place[:-1], **new, **QUIET).then(**ready, **QUIET)
     chosen = at['tries'].click(one, at['tries'], place, **QUIET)
     chosen.then(inputs=place, **new, **QUIET).then(**ready, **QUIET)
@@ -110,33 +111,36 @@ def forget(
     for box in boxes:
         for event in (box.upload, box.clear): event(lambda: None, None, truth, queue=False, **QUIET)
 
-# %% ../../nbs/demos/61_answering.ipynb #b50b567b
+# %% ../../nbs/demos/61_answering.ipynb #99bb8811
 def ask_parts(
-    desk,       # an `AnswerDesk`
-) -> dict:      # name → component
+    first: tuple,    # picture, question, number, things on it: as rolled
+    shown: tuple,    # answers with the picture and without it, and a remark
+    others: str,     # what the answers without it are averaged over
+) -> dict:           # name → component
     "A picture, a question, two answers"
     import gradio as gr
+    image, said, n, things = first
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300), gr.Tabs() as ways:
             with gr.Tab('Picture', id='picture'):
-                picture = picture_box('ask-picture')
+                picture = picture_box('ask-picture', image)
                 level = gr.Dropdown(['one', 'pair', 'few'], value='pair', label='How many things')
-                number, roll = number_and_roll('ask', 3, 'a picture and a question')
+                number, roll = number_and_roll('ask', n, 'a picture and a question')
             with gr.Tab('Draw', id='draw'):
                 board = drawing_board(name='ask-board')
                 drawn = gr.Button('Ask about my drawing', elem_id='ask-drawn')
         with gr.Column(scale=6, min_width=300):
-            text = gr.Textbox(label='Question', elem_id='question', max_length=400)
+            text = gr.Textbox(said, label='Question', elem_id='question', max_length=400)
             go = gr.Button('Ask', variant='primary', elem_id='ask')
-            note = gr.HTML(elem_id='ask-note')
-            sides = beside('ask', f'{len(desk.gallery)} other pictures')
+            note = gr.HTML(shown[2], elem_id='ask-note')
+            sides = beside('ask', shown[:2], others)
             tries = try_questions([level, number])
-    there = gr.State(None)
+    there = gr.State(things)
     return dict(number=number, roll=roll, text=text, go=go, tries=tries, place=[level, number],
                 rolled=[picture, text, number, there], asked=[picture, text, there], shown=[*sides, note],
                 picture=picture, there=there, board=board, drawn=drawn, ways=ways)
 
-# %% ../../nbs/demos/61_answering.ipynb #9e10ecbb
+# %% ../../nbs/demos/61_answering.ipynb #85f97972
 def try_questions(
     place: list,       # components of level and number
 ):                     # a gradio Dataset
@@ -152,54 +156,55 @@ def try_questions(
 
 def ask_tab(
     desk,     # an `AnswerDesk`
-    demo,     # the page
 ):
     "Ask about one picture"
     import gradio as gr
-    at = ask_parts(desk)
     def show(picture, question, there):
         seen, blind = desk.ask(picture, question)
         return seen, blind, remark(desk, question, next(iter(seen)), true_answer(question, there))
     def roll(level, number=-1):
         (image,), question, there, n = desk.roll('question', level, number)
         return image, question, n, there
-    ready = wire(demo, at, roll, show, ('question', 'ask'))
+    first = roll('pair', 3)
+    at = ask_parts(first, show(*first[:2], first[3]), f'{len(desk.gallery)} other pictures')
+    ready = wire(at, roll, show, ('question', 'ask'))
     mine = lambda sheet: (sheet and sheet['composite'], None, gr.Tabs(selected='picture'))
     at['drawn'].click(mine, at['board'], [at['picture'], at['there'], at['ways']], **QUIET).then(**ready)
     forget([at['picture']], at['there'])
 
-# %% ../../nbs/demos/61_answering.ipynb #4bf0bdad
+# %% ../../nbs/demos/61_answering.ipynb #b60ea5a9
 def pair_tab(
     desk,     # an `AnswerDesk`
-    demo,     # the page
 ):
     "True or false of two pictures"
     import gradio as gr
-    samples = {desk.roll('statement_pair', 'pair', n)[1]: [n] for n in (5, 8, 21)}
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=300):
-            with gr.Row(): boxes = [picture_box(f'pair-{side}', side) for side in ('left', 'right')]
-            number, roll = number_and_roll('pair', 5, 'two pictures and a statement')
-        with gr.Column(scale=5, min_width=300):
-            text = gr.Textbox(label='Statement', elem_id='statement', max_length=400)
-            go = gr.Button('True or false?', variant='primary', elem_id='judge')
-            note = gr.HTML(elem_id='pair-note')
-            sides = beside('pair', f'{len(desk.gallery)} other pairs', 2)
-            tries = gr.Dataset(components=[number], label='Try', samples=list(samples.values()),
-                               sample_labels=list(samples))
-    there = gr.State(None)
-    at = dict(number=number, roll=roll, text=text, go=go, tries=tries, place=[number], shown=[*sides, note],
-              rolled=[*boxes, text, number, there], asked=[*boxes, text, there])
     def show(left, right, text, there):
         seen, blind = desk.judge(left, right, text)
         return seen, blind, remark(desk, text, next(iter(seen)), true_answer(text, there))
     def rolled(number=-1):
         pictures, text, there, n = desk.roll('statement_pair', 'pair', number)
         return *pictures, text, n, there
-    wire(demo, at, rolled, show, ('pair', 'judge'))
+    *pair, said, n, things = rolled(5)
+    shown, samples = show(*pair, said, things), {rolled(k)[2]: [k] for k in (5, 8, 21)}
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=300):
+            with gr.Row():
+                boxes = [picture_box(f'pair-{side}', *box, side) for side, *box in zip(('left', 'right'), pair)]
+            number, roll = number_and_roll('pair', n, 'two pictures and a statement')
+        with gr.Column(scale=5, min_width=300):
+            text = gr.Textbox(said, label='Statement', elem_id='statement', max_length=400)
+            go = gr.Button('True or false?', variant='primary', elem_id='judge')
+            note = gr.HTML(shown[2], elem_id='pair-note')
+            sides = beside('pair', shown[:2], f'{len(desk.gallery)} other pairs', 2)
+            tries = gr.Dataset(components=[number], label='Try', samples=list(samples.values()),
+                               sample_labels=list(samples))
+    there = gr.State(things)
+    at = dict(number=number, roll=roll, text=text, go=go, tries=tries, place=[number], shown=[*sides, note],
+              rolled=[*boxes, text, number, there], asked=[*boxes, text, there])
+    wire(at, rolled, show, ('pair', 'judge'))
     forget(boxes, there)
 
-# %% ../../nbs/demos/61_answering.ipynb #3475264e
+# %% ../../nbs/demos/61_answering.ipynb #7969570d
 def place_of(
     desk,           # an `AnswerDesk`
     text: str,      # the query
@@ -215,60 +220,62 @@ def place_of(
 
 def find_tab(
     desk,     # an `AnswerDesk`
-    demo,     # the page
 ):
     "Find a picture in words"
     import gradio as gr
-    queries, label = [*(desk.captions[i] for i in (3, 17, 29)), 'a red circle'], 'What are you looking for?'
-    with gr.Row(equal_height=True):
-        text = gr.Textbox(queries[0], label=label, elem_id='query', max_length=400, scale=6)
-        find = gr.Button('Find', variant='primary', elem_id='find', scale=1, min_width=100)
-    tries = gr.Dataset(components=[text], samples=[[q] for q in queries], label='Try')
-    note = gr.HTML(elem_id='find-note')
-    how = dict(columns=10, height=640, format='png', object_fit='contain', interactive=False, buttons=[])
-    wall = gr.Gallery(label='The best first, with its score', elem_id='wall', elem_classes='vla-wall', **how)
     pixels = [picture.permute(1, 2, 0).numpy() for picture in desk.gallery]
     def show(text):
         order = desk.find(text)
         rows = [(pixels[i], f'{k} · {score:.2f}') for k, (i, score) in enumerate(order, 1)]
         return rows, remark(desk, text) + place_of(desk, text, order)
+    queries, label = [*(desk.captions[i] for i in (3, 17, 29)), 'a red circle'], 'What are you looking for?'
+    rows, said = show(queries[0])
+    with gr.Row(equal_height=True):
+        text = gr.Textbox(queries[0], label=label, elem_id='query', max_length=400, scale=6)
+        find = gr.Button('Find', variant='primary', elem_id='find', scale=1, min_width=100)
+    tries = gr.Dataset(components=[text], samples=[[q] for q in queries], label='Try')
+    note = gr.HTML(said, elem_id='find-note')
+    how = dict(columns=10, height=640, format='png', object_fit='contain', interactive=False, buttons=[])
+    names = dict(label='The best first, with its score', elem_id='wall', elem_classes='vla-wall')
+    wall = gr.Gallery(rows, **names, **how)
     ready = dict(fn=in_a_sentence(show), inputs=text, outputs=[wall, note], **HEAVY)
     find.click(api_name='find', **ready)
-    for event in (text.submit, demo.load): event(**ready, **QUIET)
+    text.submit(**ready, **QUIET)
     tries.click(lambda row: row[0], tries, text, **QUIET).then(**ready, **QUIET)
 
-# %% ../../nbs/demos/61_answering.ipynb #48099033
+# %% ../../nbs/demos/61_answering.ipynb #f11a75bd
 def fill_tab(
     desk,     # an `AnswerDesk`
-    demo,     # the page
 ):
     "Fill in the gaps of a sentence"
     import gradio as gr
-    samples = {desk.roll_gaps(n)[1]: [n] for n in (7, 12, 30)}
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=3, min_width=300):
-            picture = picture_box('fill-picture')
-            number, roll = number_and_roll('fill', 7, 'a scene with gaps')
-        with gr.Column(scale=7, min_width=300):
-            text = gr.Textbox(label='A sentence with a [MASK] for each gap', elem_id='gaps', max_length=400)
-            go = gr.Button('Fill in', variant='primary', elem_id='fill')
-            line = gr.HighlightedText(show_label=False, elem_id='filled')
-            view = gr.HTML(elem_id='fill-view')
-            tries = gr.Dataset(components=[number], label='Try', samples=list(samples.values()),
-                               sample_labels=list(samples))
-    truth = gr.State(None)
-    at = dict(number=number, roll=roll, text=text, go=go, tries=tries, place=[number], shown=[line, view],
-              rolled=[picture, text, truth, number], asked=[picture, text, truth])
     def show(picture, text, truth):
         said = desk.fill(picture, text)
         sure, known = dict(said.gaps), truth if belongs(text, truth) else None
         share = lambda i: f'{100*sure[i]:.0f} %' if i in sure else None
         marked = [(f'{word} ', share(i)) for i, word in enumerate(said.words)]
         return marked, word_view(said, square(picture), known).replace('name="vlt-word"', 'name="vla-word"')
-    wire(demo, at, desk.roll_gaps, show, ('gaps', 'fill'))
+    image, said, whole, n = desk.roll_gaps(7)
+    blue = {f'{k} %': PALETTE['image'] for k in range(101)}
+    shown, samples = show(image, said, whole), {desk.roll_gaps(k)[1]: [k] for k in (7, 12, 30)}
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=300):
+            picture = picture_box('fill-picture', image)
+            number, roll = number_and_roll('fill', n, 'a scene with gaps')
+        with gr.Column(scale=7, min_width=300):
+            text = gr.Textbox(said, label='Write [MASK] for each gap', elem_id='gaps', max_length=400)
+            go = gr.Button('Fill in', variant='primary', elem_id='fill')
+            line = gr.HighlightedText(shown[0], color_map=blue, show_label=False, elem_id='filled')
+            view = gr.HTML(shown[1], elem_id='fill-view')
+            tries = gr.Dataset(components=[number], label='Try', samples=list(samples.values()),
+                               sample_labels=list(samples))
+    truth = gr.State(whole)
+    at = dict(number=number, roll=roll, text=text, go=go, tries=tries, place=[number], shown=[line, view],
+              rolled=[picture, text, truth, number], asked=[picture, text, truth])
+    wire(at, desk.roll_gaps, show, ('gaps', 'fill'))
     forget([picture], truth)
 
-# %% ../../nbs/demos/61_answering.ipynb #99acc2cd
+# %% ../../nbs/demos/61_answering.ipynb #645ce728
 TABS = {'Ask': ask_tab, 'Two pictures': pair_tab, 'Find': find_tab, 'Fill in': fill_tab}
 
 def build_answers(
@@ -282,7 +289,7 @@ def build_answers(
     with gr.Blocks(title='vl_tutor: a page you can ask', analytics_enabled=False) as demo:
         gr.Markdown(introduce_answers(desk.tool), elem_classes='vlt-head')
         for name, tab in TABS.items():
-            with gr.Tab(name): tab(desk, demo)
+            with gr.Tab(name): tab(desk)
     return demo.queue(max_size=128, default_concurrency_limit=4)
 
 # %% ../../nbs/demos/61_answering.ipynb #b28dafd1
