@@ -6,10 +6,11 @@
 __all__ = ['Kept', 'drop_patches_ref', 'drop_patches', 'pick', 'ViTTrunk', 'put_back_ref', 'put_back', 'PixelDecoder',
            'pixel_targets', 'pixel_loss', 'MAE', 'init_mae']
 
-# %% ../../nbs/models/42_mae.ipynb #592a0d6e
+# %% ../../nbs/models/42_mae.ipynb #a527cd89
 from dataclasses import dataclass
 import torch
 from einops import repeat
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..primitives.patches import PatchEmbed, patchify
 from ..primitives.positions import sincos_2d
@@ -58,7 +59,7 @@ def pick(
     "Some rows of each sample, in the order asked for"
     return x.gather(1, repeat(ids, 'b k -> b k d', d=x.shape[2]))
 
-# %% ../../nbs/models/42_mae.ipynb #95358ee7
+# %% ../../nbs/models/42_mae.ipynb #791dfee9
 class ViTTrunk(nn.Module):
     "The encoder that MAE, VLC, ViLT and the classifier share: patches, class token, positions, blocks, norm"
     def __init__(self, *,
@@ -83,27 +84,29 @@ class ViTTrunk(nn.Module):
         self.encoder = Transformer(layers, width, heads, hidden=hidden, eps=eps, drop_path=drop_path)
         self.norm = nn.LayerNorm(width, eps)
 
-    def embed(self,
-        images: Tensor,               # normalised pixels `(b 3 s s)`
-        *,
-        noise: Tensor|None=None,      # `(b p)`; None: nothing is removed
-        ratio: float=0.,              # share of patches to remove
-    ) -> tuple[Tensor, Kept|None]:    # class token and kept patches `(b 1+k d)`
-        "Patches with their places, some of them removed, behind the class token"
-        x, kept = self.patches(images) + self.positions[1:], None
-        if noise is not None:
-            kept = drop_patches(noise, ratio)
-            x = pick(x, kept.ids)
-        cls = repeat(self.cls + self.positions[0], 'd -> b 1 d', b=len(x))
-        return torch.cat([cls, x], 1), kept
-
     def forward(self,
         x: Tensor,                    # tokens `(b n d)`
         keep: Tensor|None=None,       # True where a key may be seen `(b n)`
     ) -> Tensor:                      # `(b n d)`
         return self.norm(self.encoder(x, keep=keep))
 
-# %% ../../nbs/models/42_mae.ipynb #fb73bb19
+# %% ../../nbs/models/42_mae.ipynb #23c7c127
+@patch
+def embed(self: ViTTrunk,
+    images: Tensor,               # normalised pixels `(b 3 s s)`
+    *,
+    noise: Tensor|None=None,      # `(b p)`; None: nothing is removed
+    ratio: float=0.,              # share of patches to remove
+) -> tuple[Tensor, Kept|None]:    # class token and kept patches `(b 1+k d)`
+    "Patches with their places, some of them removed, behind the class token"
+    x, kept = self.patches(images) + self.positions[1:], None
+    if noise is not None:
+        kept = drop_patches(noise, ratio)
+        x = pick(x, kept.ids)
+    cls = repeat(self.cls + self.positions[0], 'd -> b 1 d', b=len(x))
+    return torch.cat([cls, x], 1), kept
+
+# %% ../../nbs/models/42_mae.ipynb #537acb26
 def put_back_ref(
     x: Tensor,        # kept tokens in shuffled order `(b k d)`
     gap: Tensor,      # what stands in every gap `(d)`
@@ -112,8 +115,8 @@ def put_back_ref(
     "Token by token into its cell: the slow, obvious form of `put_back`"
     out = gap.repeat(*restore.shape, 1)
     for b, row in enumerate(restore.tolist()):
-        for patch, place in enumerate(row):
-            if place < x.shape[1]: out[b, patch] = x[b, place]
+        for j, place in enumerate(row):
+            if place < x.shape[1]: out[b, j] = x[b, place]
     return out
 
 # %% ../../nbs/models/42_mae.ipynb #347f9dae
