@@ -175,3 +175,13 @@ def test_refusals():
     images, valid = batched(pictures, None, 4)
     assert images.shape == (4, 3, 16, 12) and torch.equal(valid, real_patches(SHAPES, 4))
     assert batched(images, None, 4)[1].all()                                    # a tensor without a mask is all picture
+
+
+@torch.no_grad()
+def test_the_fixtures_padding_is_what_its_sizes_say():
+    from pathlib import Path
+    from vl_tutor.models.parity import read_golden
+    config, _, io = read_golden(Path(__file__).resolve().parents[1]/'golden'/'vlc'/'vilt')
+    c, images = config['config'], io['in/image']
+    guessed = published_patches(images, c['patch_size'])
+    assert torch.equal(guessed, real_patches(c['hw'], c['patch_size'], grid=guessed.shape[1:]))
