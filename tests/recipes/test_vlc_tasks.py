@@ -1,6 +1,7 @@
 "Four downstream tasks on files as they were published and on the generated world: each is trained, scored and opened again in seconds."
 import json
 from dataclasses import replace
+from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -266,6 +267,20 @@ def test_an_unchanged_model_says_the_same(tool):
     again = fitted(asked, quick('questions'), answers=['a', 'b'])
     x, ids = torch.rand(2, 3, 32, 32), torch.randint(5, 50, (2, 7))
     with torch.no_grad(): assert torch.equal(asked.model.eval().answer(x, ids), again.model.eval().answer(x, ids))
+
+
+def test_an_authors_file_is_a_start(tmp_path):
+    from vl_tutor.primitives.words import WordTokenizer
+    WordTokenizer(['a', 'red', 'square']).save(tmp_path)
+    path = Path(__file__).parents[1]/'golden/vlc/lightning_ckpt/saved.ckpt'
+    begun = open_start(path, tokenizer=tmp_path)
+    pair = fitted(begun, quick('pairs', image_size=32))
+    assert torch.equal(pair.model.trunk.encoder.blocks[0].attn.to_qkv.weight, begun.model.trunk.encoder.blocks[0].attn.to_qkv.weight)
+    assert pair.model.trunk.positions.shape == (17, 8) and torch.equal(pair.model.modality.weight[2], begun.model.modality.weight[1])
+    assert open_start(path, reads=False).tokenizer is None                           # classes need no words
+    data = files.imagenet(tmp_path/'i') if (tmp_path/'i').mkdir() is None else None
+    made = finetune_vlc(data, tmp_path/'run', task='classes', format='imagenet', start=path, recipe=quick('classes'), aside=6)
+    assert made.card['recipe']['batch'] == 4 and made.card['scores']['all']['n'] == 6
 
 
 # ---- recipes ----

@@ -32,7 +32,7 @@ def shuffled(
     name = 'pair' if 'pair' in batch else 'image'
     return batch | {name: batch[name].roll(max(1, len(batch[name])//2), 0)}
 
-# %% ../../nbs/recipes/56_task_scores.ipynb #9fcca110
+# %% ../../nbs/recipes/56_task_scores.ipynb #34f5e516
 @torch.no_grad()
 def best_choices(
     data: TaskData,
@@ -43,10 +43,11 @@ def best_choices(
     "What the model chooses"
     model, logits = data.tool.model, TASKS[data.recipe.task].logits
     said, was = dict(seen=[], shuffled=[]), model.training
+    device = next((p.device for p in model.parameters()), None)
     model.eval()
     for part in parts_of(len(data)):
         if progress: progress(part[0], len(data))
-        batch = data.batch(part)
+        batch = {k: v.to(device) for k, v in data.batch(part).items()}
         for who, what in dict(seen=batch, shuffled=shuffled(batch)).items():
             found = logits(model, what)
             said[who] += found.topk(min(top, found.shape[1])).indices.tolist()
