@@ -34,15 +34,15 @@ SIZES = dict(tiny=ClassifierConfig(32, 8, 64, 3, 4, 256, 10), base=ClassifierCon
              base_384=ClassifierConfig(image_size=384),
              large=ClassifierConfig(width=1024, layers=24, heads=16, hidden=4096))
 
-# %% ../../nbs/models/44_classifier.ipynb #c833993f
+# %% ../../nbs/models/44_classifier.ipynb #3f0802c6
 class Classifier(nn.Module):
     "One vector for a picture, one score for each class (He et al. 2022, appendix A.1)"
     def __init__(self, config: ClassifierConfig = ClassifierConfig()):
         super().__init__()
         self.config = c = config
         if c.pool not in ('gap', 'cls'): raise ValueError(f"pool is 'gap' or 'cls', not {c.pool!r}")
-        self.trunk = ViTTrunk(image_size=c.image_size, patch_size=c.patch_size, width=c.width, layers=c.layers,
-            heads=c.heads, hidden=c.hidden, positions='learned', drop_path=c.drop_path)
+        self.trunk = ViTTrunk(image_size=c.image_size, patch_size=c.patch_size, width=c.width,
+            layers=c.layers, heads=c.heads, hidden=c.hidden, positions='learned', drop_path=c.drop_path)
         self.trunk.norm = nn.Identity()      # the norm stands behind the pooling
         self.norm, self.head = nn.LayerNorm(c.width, 1e-6), nn.Linear(c.width, c.classes)
 
@@ -100,7 +100,7 @@ def given_paths(
     finally:
         for block, path in zip(blocks, before): block.drop_path = path
 
-# %% ../../nbs/models/44_classifier.ipynb #eb93a0a2
+# %% ../../nbs/models/44_classifier.ipynb #eb4b3012
 def classify(
     model: nn.Module,       # pictures → logits
     batch: dict,            # image `(b 3 s s)`; label `(b)`, or soft targets `(b classes)`
@@ -110,7 +110,8 @@ def classify(
     "Cross-entropy against a class, or against a share of each (Szegedy et al. 2016, §7)"
     soft = 'targets' in batch
     target = batch['targets'] if soft else batch['label']
-    return dict(classify=F.cross_entropy(model(batch['image']), target, label_smoothing=0. if soft else smoothing))
+    spread = 0. if soft else smoothing
+    return dict(classify=F.cross_entropy(model(batch['image']), target, label_smoothing=spread))
 
 # %% ../../nbs/models/44_classifier.ipynb #4188d6a2
 def classify_mixed(
@@ -134,12 +135,12 @@ class Filled:
     missing: list[str]    # names of the classifier that kept their values
     unused: list[str]     # names of the giver that found no place
 
-# %% ../../nbs/models/44_classifier.ipynb #ff22376b
+# %% ../../nbs/models/44_classifier.ipynb #2b5b9fd1
 @patch
 def fill(self: Classifier,
     giver: nn.Module,     # a `VLC`, `MAE` or `Classifier` with the same width and depth
 ) -> Filled:
-    "Take over a trunk; positions are stretched to the other grid. Raises ValueError for a trunk of another size"
+    "Take over a trunk, its positions stretched to the other grid; ValueError for a trunk of another size"
     ours, theirs, renamed = self.state_dict(), giver.state_dict(), {}
     if self.config.pool == 'cls': renamed = {f'trunk.norm.{k}': f'norm.{k}' for k in ('weight', 'bias')}
     found = {renamed.get(k, k): v for k, v in theirs.items() if k.startswith('trunk.')}

@@ -41,7 +41,7 @@ def lr_scales_ref(
     depth = trunk_depth(model)
     return {n: decay**(depth + 1 - layer_id(n, depth)) for n, _ in model.named_parameters()}
 
-# %% ../../nbs/training/38_layer_decay.ipynb #c49af2a5
+# %% ../../nbs/training/38_layer_decay.ipynb #8d18c2ca
 class _Layers:
     "All that timm asks of a model: its parameters, and the layer of a name"
     def __init__(self, model): self.depth, self.named_parameters = trunk_depth(model), model.named_parameters
@@ -58,7 +58,8 @@ def layer_groups(
     from timm.optim import param_groups_layer_decay
     if not 0 < decay <= 1: raise ValueError(f'layer decay is a factor above 0, up to 1, not {decay}')
     names = [name for name, p in model.named_parameters() if spared(name, p)]
-    return param_groups_layer_decay(_Layers(model), wd, names, layer_decay=decay, weight_decay_exclude_1d=False)
+    how = dict(layer_decay=decay, weight_decay_exclude_1d=False)     # the names say it all
+    return param_groups_layer_decay(_Layers(model), wd, names, **how)
 
 # %% ../../nbs/training/38_layer_decay.ipynb #aec3b140
 TOKENS = ('trunk.cls', 'decoder.mask')    # (1, 1, d) in the authors' files, so no vectors to them
