@@ -20,17 +20,23 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_hard_false_pairs_keep_the_picture_and_swap_the_text():
-    data = pages('grid', 'train', 64)
+@pytest.mark.parametrize('arm', ['hard', 'easy'])
+def test_each_picture_is_told_truly_and_in_a_lie(arm):
+    data, rows = pages('grid', 'train', 64), torch.arange(64)
     torch.manual_seed(0)
-    rows = torch.arange(64)
-    batch = caption_batch(data, rows, hard=True)
-    false = match_labels(64, batch['match_order']) == 0
-    swap = (batch['ids'] != data.ids).any(1)
-    assert swap.any() and (false & ~swap).any() and not (swap & ~false).any()
-    assert torch.equal(batch['ids'][swap], data.swapped[swap])
-    assert torch.equal(batch['false_image'][swap], batch['image'][swap])
-    assert not (caption_batch(data, rows)['ids'] != data.ids).any()
+    pairs = caption_batch(data, rows, ARMS[arm])['pairs']
+    assert match_labels(128, pairs['match_order']).tolist() == [1]*64 + [0]*64
+    assert torch.equal(pairs['ids'][:64], data.ids) and torch.equal(pairs['image'][:64], pairs['image'][64:])
+    swap = (pairs['ids'][64:] != data.ids).any(1)
+    assert swap.float().mean() == pytest.approx(ARMS[arm].hard, abs=.15)
+    assert torch.equal(pairs['ids'][64:][swap], data.swapped[swap])
+    own = (pairs['false_image'][64:] == pairs['image'][64:]).all((1, 2, 3))
+    assert own[swap].all() and own[~swap].float().mean() < .2
+
+
+def test_an_ordinary_batch_is_told_once():
+    batch = caption_batch(pages('grid', 'train', 64), torch.arange(8))
+    assert 'pairs' not in batch and {len(v) for v in batch.values()} == {8}
 
 
 @pytest.mark.parametrize('arm', ARMS)
