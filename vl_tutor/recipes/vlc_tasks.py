@@ -96,7 +96,7 @@ def load_task(
     if card.get('class') != 'Classifier': return load_vlc(folder)
     return VLCTool(load_model(folder, [Classifier, ClassifierConfig]), None, card['answers'], card)
 
-# %% ../../nbs/recipes/56_vlc_tasks.ipynb #a50e51d8
+# %% ../../nbs/recipes/56_vlc_tasks.ipynb #c616fcf0
 def open_start(
     start=None,          # a folder of ours, an authors' file, a tool; the bundled weights if None
     *,
@@ -110,7 +110,7 @@ def open_start(
     from vl_tutor.models.vlc_files import load_vlc_weights
     if reads and tokenizer is None:
         raise ValueError(f'{start} holds no words: name the tokeniser, bert-base-uncased')
-    model = load_vlc_weights(start)
+    model = load_vlc_weights(start, decoder_heads=1)           # no task paints: any number will do
     words = load_tokenizer(tokenizer, vocab_size=model.config.vocab_size) if tokenizer else None
     return VLCTool(model, words, read_answer_list(answers) if answers else [], dict(start=str(start)))
 
