@@ -175,7 +175,7 @@ def test_every_checker_has_its_fixture_and_every_fixture_its_checker():
     assert set(CHECKERS) == set(fixtures(GOLDEN.parent))
 
 
-@pytest.mark.parametrize('name', sorted(n for n in CHECKERS if n != 'captioner/train_steps'))
+@pytest.mark.parametrize('name', sorted(n for n in CHECKERS if n.startswith('captioner/') and n != 'captioner/train_steps'))
 def test_a_changed_number_is_named(name):
     config, weights, io = read_golden(GOLDEN.parent/name)
     fixture = name.split('/')[1]
