@@ -334,7 +334,7 @@ def fill_up(
     model.load_state_dict({n: t.float() for n, t in ours.items()}, assign=True)
     return model.eval(), new
 
-# %% ../../nbs/models/45_vlc_files.ipynb #b0ee3385
+# %% ../../nbs/models/45_vlc_files.ipynb #cde0a55c
 def read_vlc(
     source,                               # a file of VLC, ViLT or MAE, or a dict of its tensors
     *,
@@ -365,7 +365,8 @@ def read_vlc(
     may_lack = ('heads.', 'text.', 'modality.', 'pooler.', 'decoder.') if kind == 'mae' else ('heads.',)
     model, new = fill_up(official, theirs, keys=vlc_keys(), config=c, may_lack=may_lack, seed=seed)
     names = [name for ours in new for name in vlc_keys().official_names(ours)]
-    return Loaded(model, kind, names, unused, {k: how for k, how in (changed | more).items() if k in theirs})
+    done = {k: how for k, how in (changed | more).items() if k in theirs}
+    return Loaded(model, kind, names, unused, done)
 
 # %% ../../nbs/models/45_vlc_files.ipynb #a6ecb5b8
 def load_vlc_weights(
