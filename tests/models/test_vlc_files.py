@@ -248,3 +248,9 @@ def test_files_of_somebody_else():
 def test_names_go_into_safetensors_only(tmp_path):
     refused(lambda: save_official(build(), tmp_path/'x.ckpt'), 'x.ckpt', '.safetensors')
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_decoder_leaves_it_out():
+    for source in (build(), mae()):
+        loaded = read_vlc(official_tensors(source), config=replace(TINY, decoder_layers=0, image_size=24))
+        assert loaded.model.decoder is None and 'transformer.mask_token' in loaded.unused and set(loaded.changed) == {'transformer.pos_embed'}

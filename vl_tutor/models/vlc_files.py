@@ -334,7 +334,7 @@ def fill_up(
     model.load_state_dict({n: t.float() for n, t in ours.items()}, assign=True)
     return model.eval(), new
 
-# %% ../../nbs/models/45_vlc_files.ipynb #cde0a55c
+# %% ../../nbs/models/45_vlc_files.ipynb #3c299f8a
 def read_vlc(
     source,                               # a file of VLC, ViLT or MAE, or a dict of its tensors
     *,
@@ -359,7 +359,8 @@ def read_vlc(
     tables, more = stretched(official, c)
     drop, other = set(HEADS) - set(c.tasks), named.get('vqa_classifier.3.bias')
     if other is not None and len(other) != c.answers: drop.add('vqa')
-    starts = [OFFICIAL_HEADS[t] for t in drop] + ['transformer.mask', 'transformer.decoder_']*(not c.decoder_layers)
+    starts = [OFFICIAL_HEADS[t] for t in drop]
+    if not c.decoder_layers: starts += ['transformer.mask', 'transformer.decoder_']
     unused = [k for k in named if k.startswith(tuple(starts))]
     theirs = {k: t for k, t in (named | made | tables).items() if k not in set(unused)}
     may_lack = ('heads.', 'text.', 'modality.', 'pooler.', 'decoder.') if kind == 'mae' else ('heads.',)
