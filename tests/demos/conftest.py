@@ -82,6 +82,7 @@ def watch(browser):
         context = browser.new_context(viewport=dict(width=width, height=height), color_scheme='dark' if dark else 'light')
         contexts.append(context)
         tab = context.new_page()
+        tab.set_default_timeout(60_000)
         tab.on('request', lambda r: seen.append(('request', r.url)) if not re.match(r'data:|blob:|http://127\.0\.0\.1[:/]', r.url) else None)
         tab.on('pageerror', lambda e: seen.append(('page error', str(e))))
         tab.on('console', lambda m: seen.append(('console', m.text)) if m.type == 'error' and 'status of 4' not in m.text else None)

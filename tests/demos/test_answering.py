@@ -187,14 +187,14 @@ def visit(watch, answer_page):
     "Open the page, and wait for its first answer"
     def open_page(*screen):
         tab = watch(answer_page.local_url, *screen)
-        tab.locator('#ask-seen h2').wait_for(timeout=40_000)
+        tab.locator('#ask-seen h2').wait_for(timeout=60_000)
         return tab
     return open_page
 
 
 def value(tab, name): return tab.locator(f'#{name} textarea').input_value()
 def go(tab, name): tab.get_by_role('tab', name=name, exact=True).click()
-def best(tab, name, text): tab.wait_for_function('([n, t]) => document.querySelector(`#${n} h2`)?.textContent.trim() === t', arg=[name, text], timeout=30_000)
+def best(tab, name, text): tab.wait_for_function('([n, t]) => document.querySelector(`#${n} h2`)?.textContent.trim() === t', arg=[name, text], timeout=60_000)
 
 
 def test_type_a_question(visit, answers):
@@ -209,7 +209,7 @@ def test_type_a_question(visit, answers):
     tab.wait_for_function('t => document.querySelector("#ask-note").textContent.includes(t)', arg=true_answer('how many rings are there?', there))
     tab.locator('#question textarea').fill('where is the dog?')
     tab.keyboard.press('Enter')
-    tab.wait_for_function('() => /never read:.*dog/.test(document.querySelector("#ask-note").textContent)', timeout=30_000)
+    tab.wait_for_function('() => /never read:.*dog/.test(document.querySelector("#ask-note").textContent)', timeout=60_000)
 
 
 def test_roll_try_and_upload(visit, answers, pictures):
@@ -222,7 +222,7 @@ def test_roll_try_and_upload(visit, answers, pictures):
     assert value(tab, 'question') != before
     tab.locator('#ask-picture').get_by_label(re.compile('Clear|Remove')).first.click()
     tab.locator('#ask-picture input[type=file]').set_input_files(pictures[1])
-    tab.locator('#ask-picture img').wait_for(timeout=20_000)
+    tab.locator('#ask-picture img').wait_for(timeout=60_000)
     tab.locator('#question textarea').fill('is there a star ?')
     tab.locator('#ask').click()
     best(tab, 'ask-seen', next(iter(answers.ask(pictures[1], 'is there a star ?')[0])))
@@ -233,7 +233,7 @@ def test_draw_and_ask(visit):
     tab = visit()
     go(tab, 'Draw')
     canvas = tab.locator('#ask-board canvas').first
-    canvas.wait_for(timeout=20_000)
+    canvas.wait_for(timeout=60_000)
     tab.wait_for_timeout(1500)
     box = canvas.bounding_box()
     x, y = box['x'] + box['width']/2, box['y'] + box['height']/2
@@ -243,8 +243,8 @@ def test_draw_and_ask(visit):
     tab.mouse.up()
     tab.wait_for_timeout(800)
     tab.locator('#ask-drawn').click()
-    tab.locator('#ask-picture img').wait_for(timeout=20_000, state='visible')
-    tab.wait_for_function('() => document.querySelector("#ask-picture img").naturalWidth > 300', timeout=20_000)
+    tab.locator('#ask-picture img').wait_for(timeout=60_000, state='visible')
+    tab.wait_for_function('() => document.querySelector("#ask-picture img").naturalWidth > 300', timeout=60_000)
     shown = np.array(Image.open(io.BytesIO(tab.locator('#ask-picture img').screenshot())).convert('RGB')).astype(int)
     assert ((shown[..., 0] > 150) & (shown[..., 1] < 110) & (shown[..., 2] < 110)).mean() > .01, 'the drawn stroke is not in the picture'
 
@@ -268,14 +268,14 @@ def test_find_in_words(visit, answers):
     tab.locator('#query textarea').fill(answers.captions[9])
     tab.locator('#find').click()
     first = f'1 · {answers.find(answers.captions[9])[0][1]:.2f}'
-    tab.wait_for_function('t => document.querySelector("#wall .caption-label")?.textContent.trim() === t', arg=first, timeout=30_000)
+    tab.wait_for_function('t => document.querySelector("#wall .caption-label")?.textContent.trim() === t', arg=first, timeout=60_000)
     assert tab.locator('#wall .caption-label').count() == 60 and 'of 60' in tab.locator('#find-note').inner_text()
 
 
 def test_fill_and_pick(visit, answers):
     tab = visit()
     go(tab, 'Fill in')
-    tab.locator('#fill-view .vlt-stage').wait_for(timeout=30_000)
+    tab.locator('#fill-view .vlt-stage').wait_for(timeout=60_000)
     picture, text, _, _ = answers.roll_gaps(7)
     assert tab.locator('#fill-view .vlt-text').inner_text() == answers.fill(picture, text).text
     tab.locator('#fill-view .vlt-word').nth(3).click()
@@ -284,7 +284,7 @@ def test_fill_and_pick(visit, answers):
     tab.locator('#gaps textarea').fill('a red ring')
     tab.locator('#fill').click()
     toast = tab.locator('.toast-body.error').first
-    toast.wait_for(timeout=20_000)
+    toast.wait_for(timeout=60_000)
     assert 'has no gap' in toast.inner_text() and 'Traceback' not in toast.inner_text()
 
 
@@ -308,9 +308,9 @@ def test_all_pages_in_one(watch, tool, vlc, answers, desk):
         assert set(Client(demo.local_url, verbose=False).view_api(return_format='dict')['named_endpoints']) == {
             '/caption', '/roll', '/ask', '/question', '/judge', '/pair', '/find', '/fill', '/gaps'}
         tab = watch(demo.local_url)
-        tab.locator('.vlt-text').first.wait_for(timeout=40_000)                                       # the captioner's first caption
+        tab.locator('.vlt-text').first.wait_for(timeout=60_000)                                       # the captioner's first caption
         go(tab, 'Questions')
-        tab.locator('#ask-seen h2').wait_for(timeout=40_000)
+        tab.locator('#ask-seen h2').wait_for(timeout=60_000)
         names = tab.evaluate('[...document.querySelectorAll("[id]")].map(e => e.id).filter(id => !/^component|^range|^svelte/.test(id))')
         mine = [n for n in names if n in ('ask', 'question', 'board', 'ask-board', 'upload', 'roll', 'caption', 'view', 'wall')]
         assert len(mine) == len(set(mine)), mine

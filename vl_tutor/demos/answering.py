@@ -172,7 +172,7 @@ def ask_tab(
     at['drawn'].click(mine, at['board'], [at['picture'], at['there'], at['ways']], **QUIET).then(**ready)
     forget([at['picture']], at['there'])
 
-# %% ../../nbs/demos/61_answering.ipynb #b60ea5a9
+# %% ../../nbs/demos/61_answering.ipynb #2ce5b51b
 def pair_tab(
     desk,     # an `AnswerDesk`
 ):
@@ -189,7 +189,7 @@ def pair_tab(
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
             with gr.Row():
-                boxes = [picture_box(f'pair-{side}', *box, side) for side, *box in zip(('left', 'right'), pair)]
+                boxes = [picture_box(f'pair-{s}', image, s) for s, image in zip(('left', 'right'), pair)]
             number, roll = number_and_roll('pair', n, 'two pictures and a statement')
         with gr.Column(scale=5, min_width=300):
             text = gr.Textbox(said, label='Statement', elem_id='statement', max_length=400)
