@@ -133,7 +133,7 @@ def test_the_evaluation_as_a_table():
     (['answer', '{p}', 'a ring in both', '--pair'], ['--pair', 'two pictures, not 1']), (['answer', '{p}', '{p}', '--pair'], ['statement comes last']), (['answer', '{t}', 'is it red ?'], ['captions.txt', 'not a JPEG']),
     (['answer', '{p}', 'very '*90 + 'red ?'], ['tokens', 'at most']), (['retrieve', 'a ring'], ['a ring', 'all there is']), (['retrieve', '{p}', '{p}'], ['0.png', 'sentence comes first']),
     (['retrieve', 'a ring', 'no/gallery'], ['no/gallery', 'does not exist']), (['retrieve', 'a ring', '{e}'], ['empty', 'holds no']), (['retrieve', 'a ring', '{p}', '--top', '-1'], ['--top -1']),
-    (['retrieve', '', '{p}'], ['sentence is empty']), (['retrieve', '--picture', '{p}', 'gone.txt'], ['gone.txt']), (['retrieve', '--picture', 'gone.png', '{t}'], ['gone.png', 'does not exist']),
+    (['retrieve', '', '{p}'], ['sentence is empty']), (['retrieve', 'ring '*200, '{p}'], ['tokens', 'at most']), (['retrieve', '--picture', '{p}', 'gone.txt'], ['gone.txt']), (['retrieve', '--picture', 'gone.png', '{t}'], ['gone.png', 'does not exist']),
     (['retrieve', '--picture', '{p}', '{p}'], ['0.png', 'is no text']), (['retrieve', '--picture', '{p}', '{n}'], ['nothing.txt', 'no sentence'])],
     ids=lambda v: ' '.join(v)[:40] if isinstance(v, list) and '{' in ' '.join(v) else '')
 def test_bad_requests(run, gallery, vlc_weights, tmp_path, args, words, monkeypatch):

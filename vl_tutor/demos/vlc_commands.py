@@ -6,7 +6,8 @@
 __all__ = ['vlc_app', 'Weights', 'ANSWER', 'LAST', 'RETRIEVE', 'FIRST', 'pictures_and_text', 'open_vlc', 'at_least', 'answer',
            'answered', 'listed', 'judged', 'verdict', 'pictures_below', 'lines_of', 'retrieve', 'request', 'compared']
 
-# %% ../../nbs/demos/66_vlc_commands.ipynb #3bf2c0ae
+# %% ../../nbs/demos/66_vlc_commands.ipynb #e7ced6ea
+import os
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -185,15 +186,15 @@ def retrieve(
     rows = [row(k, *found) for k, found in enumerate(best[:top or None], 1)]
     say(rows, as_json, lambda rows: [f'{r["place"]:4}  {r["score"]:8.3f}  {r[name]}' for r in rows])
 
-# %% ../../nbs/demos/66_vlc_commands.ipynb #0d30732f
+# %% ../../nbs/demos/66_vlc_commands.ipynb #e344c027
 def request(words: list[str]) -> list[Path]:
     "The pictures behind a sentence"
     text, *places = words
     if not places: raise ValueError(f'{text!r} is all there is: give a sentence, then pictures or a folder')
-    if Path(text).exists(): raise ValueError(f'{text} is a file: the sentence comes first, in quotes')
     if not text.strip(): raise ValueError('the sentence is empty')
+    if os.path.exists(text): raise ValueError(f'{text} is a file: the sentence comes first, in quotes')
     for place in places:
-        if not Path(place).exists(): raise ValueError(f'{place} does not exist')
+        if not os.path.exists(place): raise ValueError(f'{place} does not exist')
     return pictures_below([Path(p) for p in places])
 
 def compared(
