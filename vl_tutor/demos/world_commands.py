@@ -116,7 +116,7 @@ def evaluate_vlc(
     **where,                # level, split and skin of the world
 ) -> dict:                  # questions, pairs, retrieval, each beside its blind baselines
     "Score a VLC on a world it never saw"
-    from vl_tutor.recipes.train_vlc import pair_scores, question_scores, retrieval_scores
+    from vl_tutor.recipes.score_vlc import pair_scores, question_scores, retrieval_scores
     from vl_tutor.demos.jobs import waiting
     from vl_tutor.training.retrieval import bar
     at_least('--gallery', gallery, 2)

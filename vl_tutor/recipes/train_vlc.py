@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'PLAIN', 'LESSONS', 'WEIGHTS', 'SMALL', 'TINY', 'PRESETS', '
            'question_lesson', 'pair_lesson', 'rank_lesson', 'captioned', 'ranked', 'plan', 'taught', 'Stage', 'key_of',
            'prepared', 'deepen', 'train_stage', 'train_vlc', 'bundle']
 
-# %% ../../nbs/recipes/54_train_vlc.ipynb #c0f982f8
+# %% ../../nbs/recipes/54_train_vlc.ipynb #da8638a9
 import copy, shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +19,7 @@ from ..data.answers import soft_targets
 from ..models.vlc import VLC, VLCConfig, init_vlc
 from ..primitives.words import Tokenizer
 from .pretraining import Recipe, train
-from .score_vlc import pair_scores, question_scores, retrieval_scores, score_card
+from .score_vlc import score_card
 from .vlc import VLCTool, load_vlc, pixels
 from ..training.checkpoints import read_card, save_model
 from ..training.objectives import cross_entropy
