@@ -98,7 +98,7 @@ def test_vl_tutor_command(command, tmp_path):
     r = subprocess.run([bin_dir/'vl-tutor', *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert r.returncode == 0, r.stderr
     if 'caption docs' in command: assert PICTURES['scene.png'][2] in r.stdout
-    elif command.startswith('vl-tutor answer docs/'): assert r.stdout.startswith('docs/images/scene.png: blue') and 'blind' in r.stdout
+    elif command.startswith('vl-tutor answer docs/'): assert r.stdout.startswith('docs/images/scene.png: yes') and 'blind' in r.stdout
     elif command.startswith('vl-tutor retrieve "'): assert r.stdout.splitlines()[0].endswith('docs/images/scene.png')
     elif command == 'vl-tutor data check docs/images': assert 'csv' in r.stdout and '2 records, 0 broken' in r.stdout
     elif command == 'vl-tutor data formats': assert {'coco', 'vqav2', 'refcoco+', 'msrvtt', 'shards'} <= {line.split()[0] for line in r.stdout.splitlines()}
@@ -106,13 +106,17 @@ def test_vl_tutor_command(command, tmp_path):
 
 
 def test_python_lines(tmp_path):
-    code, = re.findall(r'^```python\n(.*?)^```', readme, re.M | re.S)
+    code, more = re.findall(r'^```python\n(.*?)^```', readme, re.M | re.S)
     assert len(code.splitlines()) <= 10
     r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert r.returncode == 0, r.stderr
     pairs = [line.split(' truth: ') for line in r.stdout.splitlines()]
     assert len(pairs) == 4
     assert sum(said.strip() == truth for said, truth in pairs) >= 3, r.stdout
+    shutil.copytree(root/'docs'/'images', tmp_path/'docs'/'images')
+    r = subprocess.run([sys.executable, '-c', more], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.startswith("[('ring', ") and r.stdout.splitlines()[-1] == PICTURES['scene.png'][2], r.stdout
 
 
 PICTURES = {'scene.png': ('shapes', 0, 'a large blue ring left of a large orange circle'), 'digits.png': ('digits', 1, 'a large purple three left of a small red one')}
