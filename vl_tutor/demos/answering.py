@@ -32,10 +32,13 @@ One transformer of {millions:.1f} million parameters reads words and {side}×{si
 It knows a **generated world** of coloured shapes, and nothing else: asked about a photograph, it answers all
 the same."""
 
-# %% ../../nbs/demos/61_answering.ipynb #b4d51e1a
+# %% ../../nbs/demos/61_answering.ipynb #10fdb355
 ANSWER_LOOK = """
 .vla-pic img,.vla-wall img{image-rendering:pixelated}
 .vla-pic img{width:100%;height:100%;object-fit:contain}
+.vla-note .vlt-truth{margin:.2rem 0;font-size:1.05rem}
+.vla-note .right{color:#00805E}
+.dark .vla-note .right{color:#3CCFA0}
 .vla-wall .caption-label{font-size:.75rem;padding:1px 5px}
 """
 
@@ -111,7 +114,7 @@ def forget(
     for box in boxes:
         for event in (box.upload, box.clear): event(lambda: None, None, truth, queue=False, **QUIET)
 
-# %% ../../nbs/demos/61_answering.ipynb #99bb8811
+# %% ../../nbs/demos/61_answering.ipynb #725a3c47
 def ask_parts(
     first: tuple,    # picture, question, number, things on it: as rolled
     shown: tuple,    # answers with the picture and without it, and a remark
@@ -132,7 +135,7 @@ def ask_parts(
         with gr.Column(scale=6, min_width=300):
             text = gr.Textbox(said, label='Question', elem_id='question', max_length=400)
             go = gr.Button('Ask', variant='primary', elem_id='ask')
-            note = gr.HTML(shown[2], elem_id='ask-note')
+            note = gr.HTML(shown[2], elem_id='ask-note', elem_classes='vla-note')
             sides = beside('ask', shown[:2], others)
             tries = try_questions([level, number])
     there = gr.State(things)
@@ -140,7 +143,7 @@ def ask_parts(
                 rolled=[picture, text, number, there], asked=[picture, text, there], shown=[*sides, note],
                 picture=picture, there=there, board=board, drawn=drawn, ways=ways)
 
-# %% ../../nbs/demos/61_answering.ipynb #85f97972
+# %% ../../nbs/demos/61_answering.ipynb #5ca6842e
 def try_questions(
     place: list,       # components of level and number
 ):                     # a gradio Dataset
@@ -165,14 +168,14 @@ def ask_tab(
     def roll(level, number=-1):
         (image,), question, there, n = desk.roll('question', level, number)
         return image, question, n, there
-    first = roll('pair', 3)
+    first = roll('pair', 28)
     at = ask_parts(first, show(*first[:2], first[3]), f'{len(desk.gallery)} other pictures')
     ready = wire(at, roll, show, ('question', 'ask'))
     mine = lambda sheet: (sheet and sheet['composite'], None, gr.Tabs(selected='picture'))
     at['drawn'].click(mine, at['board'], [at['picture'], at['there'], at['ways']], **QUIET).then(**ready)
     forget([at['picture']], at['there'])
 
-# %% ../../nbs/demos/61_answering.ipynb #2ce5b51b
+# %% ../../nbs/demos/61_answering.ipynb #8d9d65b3
 def pair_tab(
     desk,     # an `AnswerDesk`
 ):
@@ -194,7 +197,7 @@ def pair_tab(
         with gr.Column(scale=5, min_width=300):
             text = gr.Textbox(said, label='Statement', elem_id='statement', max_length=400)
             go = gr.Button('True or false?', variant='primary', elem_id='judge')
-            note = gr.HTML(shown[2], elem_id='pair-note')
+            note = gr.HTML(shown[2], elem_id='pair-note', elem_classes='vla-note')
             sides = beside('pair', shown[:2], f'{len(desk.gallery)} other pairs', 2)
             tries = gr.Dataset(components=[number], label='Try', samples=list(samples.values()),
                                sample_labels=list(samples))
@@ -204,7 +207,7 @@ def pair_tab(
     wire(at, rolled, show, ('pair', 'judge'))
     forget(boxes, there)
 
-# %% ../../nbs/demos/61_answering.ipynb #7969570d
+# %% ../../nbs/demos/61_answering.ipynb #7b12c1d3
 def place_of(
     desk,           # an `AnswerDesk`
     text: str,      # the query
@@ -234,7 +237,7 @@ def find_tab(
         text = gr.Textbox(queries[0], label=label, elem_id='query', max_length=400, scale=6)
         find = gr.Button('Find', variant='primary', elem_id='find', scale=1, min_width=100)
     tries = gr.Dataset(components=[text], samples=[[q] for q in queries], label='Try')
-    note = gr.HTML(said, elem_id='find-note')
+    note = gr.HTML(said, elem_id='find-note', elem_classes='vla-note')
     how = dict(columns=10, height=640, format='png', object_fit='contain', interactive=False, buttons=[])
     names = dict(label='The best first, with its score', elem_id='wall', elem_classes='vla-wall')
     wall = gr.Gallery(rows, **names, **how)

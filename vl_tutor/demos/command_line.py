@@ -311,8 +311,10 @@ def must_be_free(
     try: socket.create_server((host, port)).close()
     except OSError as error: raise ValueError(f'{host}:{port} cannot be used: {error.strerror}') from error
 
-# %% ../../nbs/demos/69_command_line.ipynb #715e3a6e
-CONVERT = """Translate a captioner between the authors' file and ours, key by key.
+# %% ../../nbs/demos/69_command_line.ipynb #741fd167
+CONVERT = """Translate a model between the authors' file and ours, key by key.
+
+Captioner, VLC, ViLT, masked auto-encoders and ImageNet classifiers are told apart by their keys.
 
 From a file: writes a folder with model.safetensors and card.json. From such a folder: writes a .safetensors
 file with the authors' names. A key too many, too few or of another shape is an error that lists it, and
@@ -322,6 +324,7 @@ nothing is written. No code inside a checkpoint is ever run.
 [bold]Examples[/]
   vl-tutor convert captioner.ckpt ours/
   vl-tutor convert ours/ theirs.safetensors
+  vl-tutor convert vlc.ckpt ours/
   vl-tutor convert small.ckpt ours/ --config sizes.json      (sizes that were never published)"""
 
 # %% ../../nbs/demos/69_command_line.ipynb #c54ad1b8
