@@ -5,7 +5,7 @@ import torch
 from vl_tutor.models.vlc import SIZES
 from vl_tutor.recipes import vlc_claims as claims
 from vl_tutor.recipes.two_worlds import pages
-from vl_tutor.recipes.vlc_claims import (ARMS, PLAN, PROBE, ClaimRun, caption_batch, claim_model, inside, multiply_adds, planned, pretrain_trunk,
+from vl_tutor.recipes.vlc_claims import (ARMS, PLAN, PROBE, VLCRun, caption_batch, claim_model, inside, multiply_adds, planned, pretrain_trunk,
                                          read_claims, record_claims, run_claim, score_claim, time_dropping)
 from vl_tutor.training.vlc_objectives import match_labels
 
@@ -41,7 +41,7 @@ def test_an_ordinary_batch_is_told_once():
 
 @pytest.mark.parametrize('arm', ARMS)
 def test_every_arm_runs_and_trains_what_it_says(arm):
-    run = ClaimRun(arm, 'grid', 0, **TINY)
+    run = VLCRun(arm, 'grid', 0, **TINY)
     done = run_claim(run)
     assert {**asdict(run), **done} == done and len(done['scores']) == 2
     assert set(done['history'][0]) == {'step', *ARMS[arm].losses}
@@ -52,14 +52,14 @@ def test_every_arm_runs_and_trains_what_it_says(arm):
 
 def test_starts_change_what_they_should():
     for arm, changed in (('mae', {'trunk', 'decoder'}), ('labels', {'trunk'})):
-        run = ClaimRun(arm, 'grid', 0, **TINY)
+        run = VLCRun(arm, 'grid', 0, **TINY)
         model, before = claim_model(run).train(), claim_model(run).state_dict()
         pretrain_trunk(model, run)
         assert {n.split('.')[0] for n, p in model.state_dict().items() if not torch.equal(p, before[n])} == changed
 
 
 def test_scoring_changes_nothing():
-    data, model = pages('free', 'test', 16), claim_model(ClaimRun('all', 'free', 0)).train()
+    data, model = pages('free', 'test', 16), claim_model(VLCRun('all', 'free', 0)).train()
     state = torch.get_rng_state()
     first, second = score_claim(model, data), score_claim(model, data)
     assert first == second and model.training and torch.equal(state, torch.get_rng_state())

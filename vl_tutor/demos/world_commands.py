@@ -107,7 +107,7 @@ def train(
     from vl_tutor.training.checkpoints import read_card
     say(dict(folder=str(home), **read_card(home)), as_json, lambda r: [f'trained {part}: {home}'])
 
-# %% ../../nbs/demos/66_world_commands.ipynb #1df3cab1
+# %% ../../nbs/demos/66_world_commands.ipynb #757fd87b
 def evaluate_vlc(
     weights: Path|None,     # a folder; the bundled weights if None
     *,
@@ -126,20 +126,20 @@ def evaluate_vlc(
     with bar('retrieval') as tell: found = retrieval_scores(tool, n=gallery, progress=tell, **where)
     return dict(where, questions=questions, pairs=pairs, retrieval=found)
 
-# %% ../../nbs/demos/66_world_commands.ipynb #df5add01
+# %% ../../nbs/demos/66_world_commands.ipynb #b1952577
 BLIND = ('seen', 'shuffled', 'text', 'majority')
 
 def score_table(result: dict) -> list[str]:
     "What `evaluate_vlc` found, for a person"
     number = lambda value: ' '*10 if value is None else f'{value:10.3f}'
-    line = lambda name, row: f'{name:<16}' + ''.join(number(row.get(k)) for k in BLIND) + f'{row["n"]:8}'
+    line = lambda name, row: f'{name:<20}' + ''.join(number(row.get(k)) for k in BLIND) + f'{row["n"]:8}'
     rows = [line(f'questions: {kind}', row) for kind, row in result['questions'].items()]
     rows.append(line('pairs', result['pairs']))
     found = result['retrieval']
     for way, name in (('text_to_picture', 'text → picture'), ('picture_to_text', 'picture → text')):
         told = '  '.join(f'{k} {v:.3f}' for k, v in found[way].items())
         rows.append(f'{name} of {found["n"]}:  {told}  (chance {found["chance"]:.3f})')
-    return [' '*16 + ''.join(f'{k:>10}' for k in BLIND) + f'{"n":>8}', *rows]
+    return [' '*20 + ''.join(f'{k:>10}' for k in BLIND) + f'{"n":>8}', *rows]
 
 # %% ../../nbs/demos/66_world_commands.ipynb #cd83a051
 SKINS = dict(captioner='mixed', vlc='shapes')    # what the bundled weights were trained on
