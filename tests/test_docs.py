@@ -21,7 +21,7 @@ def cells(path, kind='code'):
 def test_page(notebook, site):
     html = (site/notebook.with_suffix('.html')).read_text(encoding='utf-8')
     title = re.search(r'^# (.*)$', '\n'.join(cells(notebook, 'markdown')), re.M)[1]
-    assert re.sub(r'[`*]', '', title).split()[0] in re.sub(r'<[^>]+>', '', re.search(r'<h1>(.*?)</h1>', html, re.S)[1])
+    assert re.sub(r'[`*]', '', title).split()[0] in re.sub(r'<[^>]+>', '', re.search(r'<h1>(.*?)</h1>', html, re.S)[1]).replace('’', "'")
     assert '#|' not in re.sub(r'<[^>]+>', '', html), 'a directive is shown'
     cells_shown = [d for d, code in map(directives, cells(notebook)) if not d.keys() & HIDE and d.get('echo') != 'false' and code.strip()]
     assert len(re.findall(r'class="[^"]*\bcell_input\b', html)) == len(cells_shown), 'cells that should be hidden are shown, or the other way round'
