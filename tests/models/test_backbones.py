@@ -3,7 +3,7 @@ import json
 from dataclasses import replace
 import pytest
 import torch
-from vl_tutor.models.backbones import GPT2, GPTConfig, Span, ViT, ViTConfig, model_folder, published_gpt
+from vl_tutor.models.backbones import GPT2, GPTConfig, ViT, ViTConfig, model_folder, published_gpt
 from vl_tutor.models.parity import first_difference, trace
 from vl_tutor.primitives.notation import expect_fail
 
@@ -131,4 +131,3 @@ def test_wrong_use_is_refused():
     with expect_fail('(b, 3, 16, 16)'): model(torch.zeros(1, 3, 24, 24))
     with expect_fail('5 positions'): GPT2(GPTConfig(10, 4, 8, 1, 1, 8))(torch.zeros(1, 5, dtype=torch.long))
     with expect_fail('swoosh'): published_gpt(dict(vocab_size=4, n_positions=4, n_embd=4, n_layer=1, n_head=1, activation_function='swoosh'))
-    assert Span('text', 0, 3) == replace(Span('text', 0, 3))

@@ -170,7 +170,7 @@ def test_mapper_is_torchs_encoder_on_both_paths(heads, lengths):
 def test_layout_fits_the_tensors(t):
     model = build()
     video, ids = batch(1, t, 4)
-    spans = model.layout(t, 4)
+    spans = model.layout(words=4, frames=t).streams
     covered = {kind: [(s.start, s.stop) for s in row] for kind, row in spans.items()}
     features, _ = model.see(video)
     with trace(model) as parts: model(video, ids)
@@ -178,7 +178,7 @@ def test_layout_fits_the_tensors(t):
         ends = covered[kind]
         assert ends[0][0] == 0 and ends[-1][1] == length and all(a[1] == b[0] for a, b in zip(ends, ends[1:])), kind
     assert all(s.stop - s.start == s.grid[0]*s.grid[1] for s in spans['media'] if s.grid)
-    assert build(KINDS['mapper']).layout()['latents'] == []
+    assert build(KINDS['mapper']).layout(words=0).streams['latents'] == []
 
 
 # ---- official files ----

@@ -128,7 +128,7 @@ def test_words_look_at_patches_and_patches_at_words_and_nobody_at_padding():
 
 
 def test_layout_names_every_token():
-    spans = build().layout(6)
+    spans = build().layout(words=6).streams['joint']
     assert [(s.name, s.start, s.stop, s.grid) for s in spans] == [('text', 0, 6, None), ('cls', 6, 7, None), ('image', 7, 23, (4, 4))]
 
 

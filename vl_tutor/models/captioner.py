@@ -7,16 +7,17 @@ __all__ = ['SIZES', 'CaptionerConfig', 'CaptionCache', 'Captioner', 'join_masks'
            'published_config', 'fitting_size', 'CrossConfig', 'GatedCrossAttention', 'Mapper', 'MapperConfig',
            'Resampler', 'ResamplerConfig']
 
-# %% ../../nbs/models/41_captioner.ipynb #a5aabd09
+# %% ../../nbs/models/41_captioner.ipynb #5d17a186
 from dataclasses import dataclass, replace
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .backbones import (GPT2, GPTConfig, Span, TextCache, ViT, ViTConfig, clip_rules,
+from .backbones import (GPT2, GPTConfig, TextCache, ViT, ViTConfig, clip_rules,
                                        gpt2_layer_rules, gpt2_rules, published_gpt, published_vit)
 from .bridge import (CrossConfig, GatedCrossAttention, Mapper, MapperConfig, Resampler,
                                     ResamplerConfig, gated_rules, mapper_rules, resampler_rules)
 from ..primitives.attention import KVCache
+from ..primitives.layout import Layout, Look, Span
 from ..training.checkpoints import KeyMap, load_official
 
 # %% ../../nbs/models/41_captioner.ipynb #7cfdf223
@@ -246,13 +247,13 @@ def step(self: Captioner,
     x = self.lm.embed(x, start, None if places is None else places[:, -n:])
     return self.lm.head(self.read(x, visual, keep=cache.keep, cache=cache)[:, -1:])[:, 0]
 
-# %% ../../nbs/models/41_captioner.ipynb #f0c8b9a1
+# %% ../../nbs/models/41_captioner.ipynb #deeee3f0
 @patch
 def layout(self: Captioner,
-    frames: int=1,              # of the video
-    words: int=0,               # of the caption
-) -> dict[str, list[Span]]:     # what each sequence is made of: 'media', 'latents' and 'text'
-    "Which positions of which sequence are class tokens, patches, latents, prefix and words"
+    words: int,         # of the caption
+    frames: int=1,      # of the video
+) -> Layout:            # streams 'media', 'latents' and 'text'
+    "What the three streams are made of, and who looks at whom"
     vit, media = self.config.vision, []
     for t in range(frames):
         at = t*vit.tokens
@@ -260,7 +261,22 @@ def layout(self: Captioner,
         media += [Span('cls', at, at + 1, None, t), patches]
     latents = [Span('latents', 0, self.config.resampler.latents)] if self.resampler else []
     text = [Span('prefix', 0, frames), Span('text', frames, frames + words)]
-    return dict(media=media, latents=latents, text=text)
+    return Layout(dict(media=media, latents=latents, text=text), self.looks())
+
+@patch
+def looks(self: Captioner) -> list[Look]:
+    "Patches at patches, latents at patches and latents, then, layer by layer, words at latents and words"
+    own = lambda block, stream: Look(block + '.attn', stream, (stream,), block + '.norm1')
+    seeing = [own(f'vision.encoder.blocks.{i}', 'media') for i in range(self.config.vision.layers)]
+    for i in range(self.config.resampler.depth if self.resampler else 0):
+        at = f'resampler.layers.{i}.'
+        seeing.append(Look(at + 'attn', 'latents', ('media', 'latents'), at + 'norm_latents'))
+    for i in range(self.config.text.layers):
+        at = f'gated.{i}.'
+        if str(i) in self.gated:
+            seeing.append(Look(at + 'attn', 'text', ('latents',), at + 'norm_attn', at + 'gate_attn'))
+        seeing.append(own(f'lm.decoder.blocks.{i}', 'text'))
+    return seeing
 
 # %% ../../nbs/models/41_captioner.ipynb #c68c6caf
 def captioner_keys(

@@ -6,13 +6,14 @@
 __all__ = ['HEADS', 'BASE', 'LARGE', 'VILT', 'SIZES', 'VLCConfig', 'Seen', 'Read', 'WordHead', 'answer_head', 'VLC', 'joint_keep',
            'init_vlc']
 
-# %% ../../nbs/models/42_vlc.ipynb #0e623b0c
+# %% ../../nbs/models/42_vlc.ipynb #e74c2d30
 from dataclasses import dataclass, replace
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .backbones import BertEmbedding, Span
+from .backbones import BertEmbedding
 from .mae import Kept, PixelDecoder, ViTTrunk
+from ..primitives.layout import Layout, Look, Span
 from ..primitives.positions import resize_positions
 
 # %% ../../nbs/models/42_vlc.ipynb #eb1184bf
@@ -167,15 +168,17 @@ def forward(self: VLC,
     n = ids.shape[1]
     return Read(x[:, :n], x[:, n:], self.pooler(x[:, 0]).tanh(), seen.kept)
 
-# %% ../../nbs/models/42_vlc.ipynb #67aaa9af
+# %% ../../nbs/models/42_vlc.ipynb #f15ac1b1
 @patch
 def layout(self: VLC,
-    n: int,               # words
-) -> list[Span]:          # in the order of the sequence
-    "Which token is what, for pictures with all their patches"
-    cut = self.trunk.patches
+    words: int,     # of the text
+) -> Layout:        # one stream, 'joint'
+    "Which token is what, for pictures with all their patches: everybody looks at everybody"
+    cut, n = self.trunk.patches, words
     image = Span('image', n + 1, n + 1 + cut.n_patches, grid=cut.grid)
-    return [Span('text', 0, n), Span('cls', n, n + 1), image]
+    blocks = [f'trunk.encoder.blocks.{i}.' for i in range(self.config.layers)]
+    looks = [Look(at + 'attn', 'joint', ('joint',), at + 'norm1') for at in blocks]
+    return Layout(dict(joint=[Span('text', 0, n), Span('cls', n, n + 1), image]), looks)
 
 # %% ../../nbs/models/42_vlc.ipynb #7fa9b9f9
 @patch

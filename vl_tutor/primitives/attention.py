@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['attend_ref', 'causal_keep', 'attend', 'key_mask', 'KVCache', 'Attention', 'Recording', 'record']
 
-# %% ../../nbs/primitives/01_attention.ipynb #0f2eef49
+# %% ../../nbs/primitives/01_attention.ipynb #8acc579a
+from collections.abc import Collection
 from contextlib import contextmanager, nullcontext
+from functools import partial
 import torch, torch.nn.functional as F
 from einops import einsum, rearrange
 from fastcore.basics import patch
@@ -74,7 +76,7 @@ def key_mask(
     if keep.ndim != 4: raise ValueError(f'a mask is (b m), (b n m) or (b h n m), not {tuple(keep.shape)}')
     return keep.bool()
 
-# %% ../../nbs/primitives/01_attention.ipynb #eab5b2ce
+# %% ../../nbs/primitives/01_attention.ipynb #cce0b7ce
 class KVCache:
     "Keys and values of the tokens already read, so that a new token costs one row of attention"
     def __init__(self): self.keys = self.values = None
@@ -146,7 +148,7 @@ def project(self: Attention,
     if cache is not None: cache.keys, cache.values = k, v
     return q, k, v
 
-# %% ../../nbs/primitives/01_attention.ipynb #a65244a6
+# %% ../../nbs/primitives/01_attention.ipynb #ce499755
 @patch
 def mix(self: Attention,
     q: Tensor,            # queries `(b h n d)`
@@ -160,9 +162,8 @@ def mix(self: Attention,
     if self.causal:
         seen = causal_keep(q.shape[2], k.shape[2], q.device)
         keep = seen if keep is None else keep & seen
-    mixed, weights = attend_ref(q, k, v, keep)
-    self.recorder(weights)
-    return einsum(F.dropout(weights, dropout), v, 'b h n m, b h m d -> b h n d') if dropout else mixed
+    weights = self.recorder(attend_ref(q, k, v[..., :0], keep)[1])     # no values: the weights alone
+    return einsum(F.dropout(weights, dropout), v, 'b h n m, b h m d -> b h n d')
 
 # %% ../../nbs/primitives/01_attention.ipynb #6bb13ebd
 @patch
@@ -181,15 +182,17 @@ def forward(self: Attention,
         mixed = self.mix(q, k, v, key_mask(keep, k.shape[2]))
     return self.to_out(rearrange(mixed.to(x.dtype), 'b h n d -> b n (h d)'))
 
-# %% ../../nbs/primitives/01_attention.ipynb #4936317b
+# %% ../../nbs/primitives/01_attention.ipynb #ecd97fcd
 class Recording:
     "Attention weights by module path, in the order of the calls, with their gradients where asked"
     def __init__(self, gradients: bool=False): self.gradients_on, self.stored = gradients, {}
 
-    def add(self, path: str, weights: Tensor):
-        "Store the weights `(b h n m)` of one call"
-        if self.gradients_on and weights.requires_grad: weights.retain_grad()
+    def add(self, path: str, weights: Tensor) -> Tensor:
+        "Store the weights `(b h n m)` of one call, and hand them back to be used"
+        if self.gradients_on and not weights.requires_grad: weights = weights.detach().requires_grad_()
+        if self.gradients_on: weights.retain_grad()
         self.stored.setdefault(path, []).append(weights if self.gradients_on else weights.detach())
+        return weights
 
     def __getitem__(self, path: str) -> Tensor: return self.calls(path)[-1]
     def __iter__(self): return iter(self.stored)
@@ -207,18 +210,20 @@ class Recording:
             raise ValueError(f'no gradient at {path!r}: record(model, gradients=True), then backward')
         return grad
 
-# %% ../../nbs/primitives/01_attention.ipynb #6a878abb
+# %% ../../nbs/primitives/01_attention.ipynb #3c743262
 @contextmanager
 def record(
     model: nn.Module,        # any model with `Attention` in it
     gradients: bool=False,   # keep the graph, so that `backward` leaves gradients of the weights
+    only: Collection[str]|None=None,   # module paths to record; None: all of them
 ):
     "Record the attention weights of every `Attention` inside a model; costs nothing when off"
     recording = Recording(gradients)
-    parts = {path: part for path, part in model.named_modules() if isinstance(part, Attention)}
+    parts = {path: part for path, part in model.named_modules()
+             if isinstance(part, Attention) and (only is None or path in only)}
     before = {path: part.recorder for path, part in parts.items()}
     try:
-        for path, part in parts.items(): part.recorder = lambda w, path=path: recording.add(path, w)
+        for path, part in parts.items(): part.recorder = partial(recording.add, path)
         yield recording
     finally:
         for path, part in parts.items(): part.recorder = before[path]

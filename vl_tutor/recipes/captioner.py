@@ -7,7 +7,7 @@ __all__ = ['DECODINGS', 'HERE', 'BUNDLED', 'CLASSES', 'captioned', 'captioning_b
            'CaptionTool', 'load_captioner', 'checked', 'load_towers', 'load_published', 'evaluate_captioner',
            'train_captioner']
 
-# %% ../../nbs/recipes/48_train_captioner.ipynb #bee3e648
+# %% ../../nbs/recipes/48_train_captioner.ipynb #4d08fcb3
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..models.backbones import GPT2, GPTConfig, ViT, ViTConfig
 from ..models.bridge import CrossConfig, MapperConfig, ResamplerConfig
 from ..models.captioner import Captioner, CaptionerConfig, caption_loss
 from ..primitives.attention import record
+from ..primitives.layout import Case
 from ..primitives.words import Tokenizer, load_tokenizer
 from .pretraining import Recipe, mishear, normalise, train
 from ..training import decoding as decode
@@ -63,7 +64,7 @@ def latent_flow(
         flow = fresh if not flow.any() else (flow + fresh)/2
     return flow
 
-# %% ../../nbs/recipes/48_train_captioner.ipynb #42f52978
+# %% ../../nbs/recipes/48_train_captioner.ipynb #2d450cdd
 @torch.no_grad()
 def word_maps(
     model: Captioner,     # with a resampler
@@ -73,7 +74,7 @@ def word_maps(
     "Follow attention back: word to latents in each gated block, latents to patches through the resampler"
     if not model.resampler: raise ValueError('this captioner has no resampler: its words look at no patch')
     with record(model) as seen: model(video, ids)
-    spans = [s for s in model.layout(video.shape[1])['media'] if s.name == 'image']
+    spans = [s for s in model.layout(words=ids.shape[1], frames=video.shape[1]).streams['media'] if s.name == 'image']
     gates = {i: model.gated[i].gate_attn.tanh().abs() for i in model.gated}
     rows = slice(video.shape[1] - 1, -1)                                              # row j wrote word j
     to_latents = sum(gate*seen[f'gated.{i}.attn'][0].mean(0)[rows] for i, gate in gates.items())       # (n m)
@@ -165,6 +166,26 @@ def finish(self: CaptionTool,
     looked = word_maps(self.model, video, ids)[1:1 + len(words)] if maps and self.model.resampler else None
     mean, text = score.mean().item() if len(score) else 0., self.tokenizer.text
     return Caption(text(words).strip(), [text([w]).strip() for w in words], words, mean, looked)
+
+# %% ../../nbs/recipes/48_train_captioner.ipynb #98b889af
+@patch
+def case(self: CaptionTool,
+    image,                   # one: PIL picture, path, or uint8 tensor `(3 s s)`
+    text: str|None=None,     # a caption; None: what the model itself would say
+    target: str|None=None,   # 'words', the only one
+) -> Case:
+    "One picture and one caption, ready to be explained word by word"
+    if target not in (None, 'words'): raise ValueError(f"a captioner explains its 'words', not {target!r}")
+    if text is not None and not text.strip(): raise ValueError('an empty caption: there is nothing to explain')
+    c, video = self.model.config.text, self.video([image])
+    words = self.caption([image])[0].ids if text is None else [
+        i for i in self.tokenizer.encode([text])[0][0].tolist() if i not in (c.bos_id, c.eos_id)]
+    if not words: raise ValueError('the model has nothing to say about this picture')
+    ids, at = torch.tensor([[c.bos_id, *words]]), torch.arange(1, len(words) + 1)
+    run = lambda: self.model(video, ids)[0].log_softmax(-1)[at, ids[0, at]]           # (w)
+    return Case(self.model, self.model.layout(words=len(words) + 1), run,
+        [self.tokenizer.text([w]).strip() for w in words], [dict(text=j) for j in at.tolist()],
+        list(range(len(words))), picture=video[0, 0])
 
 # %% ../../nbs/recipes/48_train_captioner.ipynb #db89fdc4
 HERE = Path(__file__).resolve().parent if '__file__' in globals() else Path('../../vl_tutor/recipes')
