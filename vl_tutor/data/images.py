@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'CLIP_MEAN', 'CLIP_STD', 'read_file', 'check_size', 'to_rgb', 'eight_bits', 'open_image',
-           'from_pixels', 'resize_short', 'centre_crop', 'centre_strip', 'clip_transform', 'undo_transform']
+           'from_pixels', 'resize_short', 'centre_crop', 'centre_strip', 'clip_transform', 'undo_transform',
+           'picture_batch']
 
-# %% ../../nbs/data/20_images.ipynb #53c368c6
+# %% ../../nbs/data/20_images.ipynb #7e02e28f
 import io, warnings
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image, ImageOps
@@ -162,3 +164,18 @@ def undo_transform(
     "The pixels behind prepared numbers, to look at"
     y = x.float()*torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return (y*255).round().clamp(0, 255).to(torch.uint8)
+
+# %% ../../nbs/data/20_images.ipynb #39b88f08
+def picture_batch(
+    pictures: list,         # anything `open_image` takes; tensors are uint8 `(3 h w)`
+    size: int,              # side of the square the model reads, in pixels
+    *,
+    as_it_is: Callable,     # uint8 `(3 s s)` that has this size already → floats
+    squared: Callable,      # PIL picture, size → floats `(3 s s)`
+) -> Tensor:                # `(b 3 s s)`
+    "Any pictures as one batch; raises ValueError naming the one that is no picture"
+    def one(x):
+        if not isinstance(x, Tensor): return squared(open_image(x), size)
+        if (*x.shape, x.dtype) == (3, size, size, torch.uint8): return as_it_is(x)
+        return squared(open_image(x.permute(1, 2, 0).numpy()), size)
+    return torch.stack([one(x) for x in pictures])

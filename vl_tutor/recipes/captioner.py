@@ -7,14 +7,14 @@ __all__ = ['DECODINGS', 'HERE', 'BUNDLED', 'CLASSES', 'captioned', 'captioning_b
            'CaptionTool', 'load_captioner', 'checked', 'load_towers', 'load_published', 'evaluate_captioner',
            'train_captioner']
 
-# %% ../../nbs/recipes/48_train_captioner.ipynb #4d08fcb3
+# %% ../../nbs/recipes/48_train_captioner.ipynb #076c38ba
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..data.images import clip_transform, open_image
+from ..data.images import clip_transform, picture_batch
 from ..models.backbones import GPT2, GPTConfig, ViT, ViTConfig
 from ..models.bridge import CrossConfig, MapperConfig, ResamplerConfig
 from ..models.captioner import Captioner, CaptionerConfig, caption_loss
@@ -103,7 +103,7 @@ DECODINGS = dict(
                                                              'temperature')),
 )
 
-# %% ../../nbs/recipes/48_train_captioner.ipynb #457c69a7
+# %% ../../nbs/recipes/48_train_captioner.ipynb #f6b40f8a
 @dataclass
 class CaptionTool:
     "A captioner with all it needs to go from picture files to sentences"
@@ -116,10 +116,8 @@ class CaptionTool:
     ) -> Tensor:            # one-frame videos `(b 1 3 s s)`, normalised
         "Prepare pictures as CLIP wants them; ValueError names the file that is no picture"
         size = self.model.config.vision.image_size
-        ready = lambda x: isinstance(x, Tensor) and (*x.shape, x.dtype) == (3, size, size, torch.uint8)
-        opened = lambda x: open_image(x.permute(1, 2, 0).numpy() if isinstance(x, Tensor) else x)
-        seen = [normalise(x[None])[0] if ready(x) else clip_transform(opened(x), size) for x in images]
-        return torch.stack(seen)[:, None]                                        # (b 1 3 s s)
+        seen = picture_batch(images, size, as_it_is=normalise, squared=clip_transform)
+        return seen[:, None]                                                     # (b 1 3 s s)
 
 # %% ../../nbs/recipes/48_train_captioner.ipynb #ad4bc181
 @patch

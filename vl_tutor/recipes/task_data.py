@@ -9,7 +9,7 @@ __all__ = ['IMAGENET', 'PUBLISHED', 'SCHEDULES', 'SMALL', 'TINY', 'OWN', 'TASKS'
            'without_broken', 'every_answer', 'answers_of', 'answerable', 'TaskData', 'plain', 'question_batch',
            'pair_batch', 'class_batch', 'wrong_captions', 'choice_batch', 'choices_of', 'texts_of']
 
-# %% ../../nbs/recipes/56_task_data.ipynb #736a52a2
+# %% ../../nbs/recipes/56_task_data.ipynb #b4dfe129
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,10 +19,10 @@ from torch import Tensor
 from ..data.annotations import Annotated, detect_format, format_of, read_dataset
 from ..data.answers import answer_vocabulary, soft_targets, vqa_notes
 from ..data.records import Absent, Problems
-from ..data.transforms import TRANSFORMS
+from ..data.transforms import TRANSFORMS, normalised
 from ..models.classifier import classify
 from ..primitives.words import Tokenizer, WordTokenizer
-from .vlc import VLCTool, pixels, tidy
+from .vlc import VLCTool, tidy
 from ..training.schedules import cosine_to_floor, warmup_then_linear
 from ..training.vlc_objectives import answering, pair_statements, rank_scores, ranking
 from ..world.questions import ANSWERS
@@ -243,7 +243,7 @@ def answerable(
     lost = len(source) - len(kept)
     return Annotated(kept, source.root, picture=source.picture, problems=source.problems), lost
 
-# %% ../../nbs/recipes/56_task_data.ipynb #ee8ab3cf
+# %% ../../nbs/recipes/56_task_data.ipynb #020c53f8
 class TaskData:
     "Samples of any source as the tensors that an objective takes"
     def __init__(self,
@@ -272,7 +272,7 @@ class TaskData:
         "Pictures as the model sees them; those that are floats have been seen already"
         side = self.tool.model.config.image_size
         if images.is_floating_point(): return images
-        if self.see == 'vlc/evaluate' and images.shape[-2:] == (side, side): return pixels(images)
+        if self.see == 'vlc/evaluate' and images.shape[-2:] == (side, side): return normalised(images)
         from PIL import Image
         each = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images.flatten(0, -4)]
         return torch.stack([TRANSFORMS[self.see](x, side) for x in each]).unflatten(0, images.shape[:-3])

@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'PLAIN', 'LESSONS', 'WEIGHTS', 'SMALL', 'TINY', 'PRESETS', '
            'question_lesson', 'pair_lesson', 'rank_lesson', 'captioned', 'ranked', 'plan', 'taught', 'Stage', 'key_of',
            'prepared', 'deepen', 'train_stage', 'train_vlc', 'bundle']
 
-# %% ../../nbs/recipes/54_train_vlc.ipynb #da8638a9
+# %% ../../nbs/recipes/54_train_vlc.ipynb #0c80e96a
 import copy, shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,11 +16,12 @@ from random import Random
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from ..data.answers import soft_targets
+from ..data.transforms import normalised
 from ..models.vlc import VLC, VLCConfig, init_vlc
 from ..primitives.words import Tokenizer
 from .pretraining import Recipe, train
 from .score_vlc import score_card
-from .vlc import VLCTool, load_vlc, pixels
+from .vlc import VLCTool, load_vlc
 from ..training.checkpoints import read_card, save_model
 from ..training.objectives import cross_entropy
 from ..training.vlc_objectives import answering, fill_in, pair_statements, rank_scores
@@ -50,7 +51,7 @@ def lie(
         thing[what] = dice.choice([word for word in WORDS[what] if word != thing[what]])
     return canonical(told)
 
-# %% ../../nbs/recipes/54_train_vlc.ipynb #cac6f7e0
+# %% ../../nbs/recipes/54_train_vlc.ipynb #2d65c8fb
 def dice_of(
     indices: Tensor,   # of a batch `(b)`
     name: str,         # of the decision
@@ -77,12 +78,12 @@ def caption_lesson(
         true = torch.arange(len(ids)) % 2
         wrong = lambda i: lie(truths[i], dice) if dice.random() < hard else said[i - 1]
         told = tokenizer.encode([said[i] if t else wrong(i) for i, t in enumerate(true.tolist())])
-        return dict(image=pixels(world.draw(scenes)), mask=mask, labels=ids.masked_fill(~hidden, -100),
+        return dict(image=normalised(world.draw(scenes)), mask=mask, labels=ids.masked_fill(~hidden, -100),
                     masked_ids=ids.masked_fill(hidden, tokenizer.mask_id),
                     told_ids=told[0], told_mask=told[1], true=true)
     return prepare
 
-# %% ../../nbs/recipes/54_train_vlc.ipynb #8313db8c
+# %% ../../nbs/recipes/54_train_vlc.ipynb #2812c753
 def question_lesson(
     level: str,            # of the world
     tokenizer: Tokenizer,
@@ -94,7 +95,7 @@ def question_lesson(
         found = task.batch(indices)
         ids, mask = tokenizer.encode(found['question'])
         targets = soft_targets(found['answers'], found['scores'], ANSWERS)
-        return dict(image=pixels(found['image']), ids=ids, mask=mask, targets=targets)
+        return dict(image=normalised(found['image']), ids=ids, mask=mask, targets=targets)
     return prepare
 
 PLAIN = 'left', 'right', 'both', 'some'     # one picture alone says something about each of these
@@ -114,10 +115,10 @@ def pair_lesson(
         fits = [i for i, family in said if family in families][:len(indices)]
         found = task.batch(more[fits] if families else more)
         ids, mask = tokenizer.encode(found['text'])
-        return dict(pair=pixels(found['pair']), ids=ids, mask=mask, label=found['label'])
+        return dict(pair=normalised(found['pair']), ids=ids, mask=mask, label=found['label'])
     return prepare
 
-# %% ../../nbs/recipes/54_train_vlc.ipynb #a9f4729d
+# %% ../../nbs/recipes/54_train_vlc.ipynb #e37c998c
 def rank_lesson(
     world: World,
     tokenizer: Tokenizer,
@@ -136,7 +137,7 @@ def rank_lesson(
         ids, mask = tokenizer.encode([text for row in rows for text in row])
         same = torch.tensor([[k > 0 and text == row[0] for k, text in enumerate(row)] for row in rows])
         fold = lambda x: x.unflatten(0, (len(rows), choices))
-        return dict(image=pixels(world.draw(scenes)), choice_ids=fold(ids), choice_mask=fold(mask), same=same)
+        return dict(image=normalised(world.draw(scenes)), choice_ids=fold(ids), choice_mask=fold(mask), same=same)
     return prepare
 
 # %% ../../nbs/recipes/54_train_vlc.ipynb #2337f4cd
