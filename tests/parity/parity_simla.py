@@ -3,6 +3,7 @@ import ast
 import random
 import re
 import torch
+import parity_simla_grounding as grounding
 from vl_tutor.data.augment import SIMLA_OPERATIONS
 from vl_tutor.data.boxes import iou_inclusive
 from vl_tutor.data.transforms import EVALUATE
@@ -18,6 +19,7 @@ CLEAN = dict(caption=simla_caption, question=simla_question)
 
 def atol(fixture: str):
     "Whole numbers and pictures of bytes exactly, rates to 1e-12"
+    if fixture == 'gradcam_grounding': return grounding.atol
     def allowed(name: str) -> float:
         if fixture != 'data_rules': return 1e-5
         if name.startswith(('out.tok_', 'out.block_', 'out.wm_', 'out.aug/')): return 0.
@@ -25,7 +27,7 @@ def atol(fixture: str):
     return allowed
 
 
-def rtol(fixture: str): return lambda name: 0.
+def rtol(fixture: str): return grounding.rtol if fixture == 'gradcam_grounding' else lambda name: 0.
 
 
 def texts(config: dict, notes: dict) -> dict:
