@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from torch import Tensor, nn
 
-# %% ../../nbs/primitives/08_layout.ipynb #016727a8
+# %% ../../nbs/primitives/08_layout.ipynb #f4758a4b
 @dataclass(frozen=True)
 class Span:
     "A run of tokens of one kind in a stream; `grid` says how a picture was cut"
@@ -20,7 +20,12 @@ class Span:
     grid: tuple[int, int]|None = None   # rows and columns of patches
     frame: int|None = None              # which frame the tokens come from
 
-# %% ../../nbs/primitives/08_layout.ipynb #8983f409
+    def __post_init__(self):
+        if not 0 <= self.start <= self.stop: raise ValueError(f'{self.name!r} from {self.start} to {self.stop}')
+        if self.grid and self.grid[0]*self.grid[1] != self.stop - self.start:
+            raise ValueError(f'{self.name!r}: {self.grid} patches in {self.stop - self.start} tokens')
+
+# %% ../../nbs/primitives/08_layout.ipynb #8f5f8e81
 @dataclass(frozen=True)
 class Look:
     "One attention: which stream asks, which streams answer"
@@ -30,13 +35,20 @@ class Look:
     norm: str = ''             # module path that yields the asking tokens on their way in, for Grad-CAM
     gate: str = ''             # path of a parameter whose tanh scales what is fetched
     call: int = -1             # which call of the module in one forward pass; the last by default
+    together: bool = False     # at the same time as the look before it: sees nothing of what that one fetched
 
-# %% ../../nbs/primitives/08_layout.ipynb #c1f79f12
+# %% ../../nbs/primitives/08_layout.ipynb #36d86fc3
 @dataclass(frozen=True)
 class Layout:
     "What a model's streams are made of, and every look, in the order of the computation"
     streams: dict[str, list[Span]]
     looks: list[Look] = field(default_factory=list)
+
+    def __post_init__(self):
+        for l in self.looks:
+            for stream in (l.asks, *l.answers):
+                if stream not in self.streams:
+                    raise ValueError(f'{l.path}: no stream {stream!r} among {", ".join(self.streams)}')
 
     def length(self, stream: str) -> int:
         "How many tokens a stream has"
