@@ -45,6 +45,19 @@ def test_words_there_and_back(texts):
 
 
 @quick
+@given(texts=st.lists(st.text('abRé<>', min_size=1, max_size=5).map(lambda w: f'red {w} a'), max_size=5))
+def test_old_words_keep_their_numbers(texts):
+    old = WordTokenizer(WORDS)
+    new = old.grown(texts)
+    fresh = sorted({w for t in texts for w in t.lower().split()} - set(WORDS))
+    assert new.tokens(range(5, new.vocab_size)) == WORDS + fresh and (new is old) == (not fresh)
+    assert new.encode([*texts, 'a red circle'])[0].ne(new.unk_id).all() and old.vocab_size == 5 + len(WORDS)
+
+
+def test_markers_are_no_new_words(): assert WordTokenizer(WORDS).grown(['a <mask> red <pad>', '']).vocab_size == 5 + len(WORDS)
+
+
+@quick
 @given(text=st.text(max_size=40).filter(lambda t: '<|endoftext|>' not in t))
 def test_bytes_leave_no_text_unknown(text):
     tokenizer = byte_pair_tokenizer(MERGES)

@@ -14,7 +14,7 @@ from vl_tutor.recipes.task_data import (PUBLISHED, TASKS, TINY, Source, TaskData
                                         open_source, recipe_lines, right, without_broken, wrong_captions)
 from vl_tutor.recipes.task_scores import Pictures, blind_choices, credit, parts_of, retrieval_scores, shuffled, table_of
 from vl_tutor.recipes.vlc import VLCTool
-from vl_tutor.recipes.vlc_tasks import evaluate_vlc, finetune_vlc, fitted, load_task, more_words, moved, open_start, task_learner
+from vl_tutor.recipes.vlc_tasks import evaluate_vlc, finetune_vlc, fitted, load_task, moved, open_start, task_learner
 from vl_tutor.training.learner import StepLog
 from vl_tutor.training.resume import Checkpoints
 from vl_tutor.world.tasks import make_task, task_tokenizer
@@ -259,7 +259,8 @@ def test_new_words_get_rows_and_old_ones_keep_theirs(tool):
     assert not (new.encode(['zebras everywhere'])[0] == new.unk_id).any()
     n = tool.model.config.vocab_size
     assert torch.equal(grown.model.text.words.weight[:n], tool.model.text.words.weight)
-    assert more_words(old, ['a red circle']) is old
+    assert old.grown(['a red circle']) is old
+    assert fitted(tool, quick('pairs'), texts=['A red circle?']).tokenizer is old
 
 
 def test_an_unchanged_model_says_the_same(tool):

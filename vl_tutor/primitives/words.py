@@ -108,6 +108,17 @@ class WordTokenizer(Tokenizer):
     def tokens(self, ids): return [self.fast.id_to_token(int(i)) or '<unk>' for i in ids]
     def text(self, ids): return ' '.join(self.tokens(ids))
 
+# %% ../../nbs/primitives/05_words.ipynb #85b6dcfa
+@patch
+def grown(
+    self: WordTokenizer,
+    texts,               # to be read from now on, words between blanks
+) -> WordTokenizer:      # knows every word of them; the same object if none is new
+    "The same tokeniser with more words, in the order of the alphabet; old words keep their numbers"
+    old = self.tokens(range(len(self.SPECIALS), self.vocab_size))
+    new = {word for text in texts for word in text.lower().split()} - {*old, *self.SPECIALS}
+    return WordTokenizer([*old, *sorted(new)]) if new else self
+
 # %% ../../nbs/primitives/05_words.ipynb #c8337c4b
 @patch
 def save(

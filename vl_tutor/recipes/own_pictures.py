@@ -46,7 +46,7 @@ def tidy(
     "A caption as a word-level tokeniser wants it: lower case, marks on their own"
     return ' '.join(re.findall(r"\w+(?:[-.,]\w+)*'?|[^\w\s]", text.lower()))
 
-# %% ../../nbs/recipes/53_own_pictures.ipynb #44035994
+# %% ../../nbs/recipes/53_own_pictures.ipynb #239b36cb
 def more_words(
     tool: CaptionTool,     # with a word-level tokeniser
     texts: list[str],      # tidy captions
@@ -55,9 +55,7 @@ def more_words(
     old, config = tool.tokenizer, tool.model.config
     if not isinstance(old, WordTokenizer):
         raise ValueError('only a word-level captioner can be given new words')
-    known = old.tokens(range(len(old.SPECIALS), old.vocab_size))
-    new = sorted({word for text in texts for word in text.split()} - set(known))
-    tokenizer, state = WordTokenizer([*known, *new]), dict(tool.model.state_dict())
+    tokenizer, state = old.grown(texts), dict(tool.model.state_dict())
     size = max(config.text.vocab_size, tokenizer.vocab_size)
     model = Captioner(replace(config, text=replace(config.text, vocab_size=size)))
     table = model.lm.words.weight.detach().clone()
