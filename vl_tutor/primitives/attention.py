@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['attend_ref', 'causal_keep', 'attend', 'key_mask', 'KVCache', 'Attention', 'Recording', 'record']
 
-# %% ../../nbs/primitives/01_attention.ipynb #8acc579a
+# %% ../../nbs/primitives/01_attention.ipynb #b1430a95
 from collections.abc import Collection
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from threading import get_ident
 import torch, torch.nn.functional as F
 from einops import einsum, rearrange
 from fastcore.basics import patch
@@ -182,15 +183,17 @@ def forward(self: Attention,
         mixed = self.mix(q, k, v, key_mask(keep, k.shape[2]))
     return self.to_out(rearrange(mixed.to(x.dtype), 'b h n d -> b n (h d)'))
 
-# %% ../../nbs/primitives/01_attention.ipynb #ecd97fcd
+# %% ../../nbs/primitives/01_attention.ipynb #18139686
 class Recording:
     "Attention weights by module path, in the order of the calls, with their gradients where asked"
-    def __init__(self, gradients: bool=False): self.gradients_on, self.stored = gradients, {}
+    def __init__(self, gradients: bool=False, retain: bool=True):
+        self.gradients_on, self.retain, self.stored, self.thread = gradients, retain, {}, get_ident()
 
     def add(self, path: str, weights: Tensor) -> Tensor:
-        "Store the weights `(b h n m)` of one call, and hand them back to be used"
+        "Store the weights `(b h n m)` of one call, and hand them back to be used; other threads' calls are not stored"
+        if get_ident() != self.thread: return weights
         if self.gradients_on and not weights.requires_grad: weights = weights.detach().requires_grad_()
-        if self.gradients_on: weights.retain_grad()
+        if self.gradients_on and self.retain: weights.retain_grad()
         self.stored.setdefault(path, []).append(weights if self.gradients_on else weights.detach())
         return weights
 
@@ -210,15 +213,17 @@ class Recording:
             raise ValueError(f'no gradient at {path!r}: record(model, gradients=True), then backward')
         return grad
 
-# %% ../../nbs/primitives/01_attention.ipynb #3c743262
+# %% ../../nbs/primitives/01_attention.ipynb #ae2c8434
 @contextmanager
 def record(
     model: nn.Module,        # any model with `Attention` in it
     gradients: bool=False,   # keep the graph, so that `backward` leaves gradients of the weights
     only: Collection[str]|None=None,   # module paths to record; None: all of them
+    *,
+    retain: bool=True,       # with gradients: `backward` fills `.grad`; False: ask `torch.autograd.grad` yourself
 ):
     "Record the attention weights of every `Attention` inside a model; costs nothing when off"
-    recording = Recording(gradients)
+    recording = Recording(gradients, retain)
     parts = {path: part for path, part in model.named_modules()
              if isinstance(part, Attention) and (only is None or path in only)}
     before = {path: part.recorder for path, part in parts.items()}
