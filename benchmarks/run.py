@@ -219,9 +219,7 @@ def p7(pairs) -> list[dict]:
     fold = lambda x: x[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     cam = GradCAM(model, [model.get_submodule(layout.looks[0].norm)], reshape_transform=fold)
 
-    def peer():
-        for p in model.parameters(): p.grad = None
-        return torch.from_numpy(cam(pictures, [ClassifierOutputTarget(i) for i in best.tolist()]))
+    peer = lambda: torch.from_numpy(cam(pictures, [ClassifierOutputTarget(i) for i in best.tolist()]))
 
     def ours():
         run = lambda: model(pictures)[rows, best]
