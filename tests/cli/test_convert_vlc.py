@@ -4,15 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensors import same
 from test_mistakes import refused, snapshot
 from vl_tutor.models.classifier import Classifier, ClassifierConfig
 from vl_tutor.models.vlc import VLC, VLCConfig
 from vl_tutor.models.vlc_files import official_tensors
 
 LIGHTNING = Path(__file__).parents[1]/'golden'/'vlc'/'lightning_ckpt'
-
-
-def same(a, b): return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_lightning_there_and_back(run, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
+from strokes import draw, red
 from vl_tutor.demos.answer_desk import AnswerDesk, average, belongs, remark, strange, true_answer, truth_of
 from vl_tutor.world.tasks import make_task
 
@@ -232,21 +233,12 @@ def test_roll_try_and_upload(visit, answers, pictures):
 def test_draw_and_ask(visit):
     tab = visit()
     go(tab, 'Draw')
-    canvas = tab.locator('#ask-board canvas').first
-    canvas.wait_for(timeout=60_000)
-    tab.wait_for_timeout(1500)
-    box = canvas.bounding_box()
-    x, y = box['x'] + box['width']/2, box['y'] + box['height']/2
-    tab.mouse.move(x - 60, y)
-    tab.mouse.down()
-    for k in range(-60, 61, 6): tab.mouse.move(x + k, y + (k % 12))
-    tab.mouse.up()
-    tab.wait_for_timeout(800)
+    draw(tab, '#ask-board')
     tab.locator('#ask-drawn').click()
     tab.locator('#ask-picture img').wait_for(timeout=60_000, state='visible')
     tab.wait_for_function('() => document.querySelector("#ask-picture img").naturalWidth > 300', timeout=60_000)
     shown = np.array(Image.open(io.BytesIO(tab.locator('#ask-picture img').screenshot())).convert('RGB')).astype(int)
-    assert ((shown[..., 0] > 150) & (shown[..., 1] < 110) & (shown[..., 2] < 110)).mean() > .01, 'the drawn stroke is not in the picture'
+    assert red(shown) > .01, 'the drawn stroke is not in the picture'
 
 
 def test_two_pictures(visit, answers):

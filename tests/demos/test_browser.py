@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from strokes import draw, red
 
 
 @pytest.fixture
@@ -79,22 +80,12 @@ def test_draw(visit):
     tab = visit()
     before = tab.locator('.vlt').get_attribute('style')
     tab.get_by_role('tab', name='Draw').click()
-    canvas = tab.locator('#board canvas').first
-    canvas.wait_for(timeout=20_000)
-    tab.wait_for_timeout(1500)
-    box = canvas.bounding_box()
-    x, y = box['x'] + box['width']/2, box['y'] + box['height']/2
-    tab.mouse.move(x - 60, y)
-    tab.mouse.down()
-    for k in range(-60, 61, 6): tab.mouse.move(x + k, y + (k % 12))
-    tab.mouse.up()
-    tab.wait_for_timeout(800)
+    draw(tab, '#board')
     tab.locator('#drawn').click()
     tab.wait_for_function('s => document.querySelector(".vlt").getAttribute("style") !== s', arg=before, timeout=20_000)
     tab.mouse.move(1, 1)
     shown = picture(tab.locator('.vlt-stage'))
-    red = (shown[..., 0] > 150) & (shown[..., 1] < 110) & (shown[..., 2] < 110)
-    assert red.mean() > .01, 'the drawn stroke is not in the picture that was captioned'
+    assert red(shown) > .01, 'the drawn stroke is not in the picture that was captioned'
 
 
 def test_a_bad_upload_gets_one_sentence(visit, tmp_path):

@@ -1,23 +1,11 @@
 "Our two towers against transformers' own classes: random weights, whole tensors; caches, padding, wrong folders."
 import json
-from dataclasses import replace
 import pytest
 import torch
+from tensors import near, shake
 from vl_tutor.models.backbones import GPT2, GPTConfig, ViT, ViTConfig, model_folder, published_gpt
-from vl_tutor.models.parity import first_difference, trace
+from vl_tutor.models.parity import trace
 from vl_tutor.primitives.notation import expect_fail
-
-
-def shake(model):
-    "Random numbers in every tensor, norms and biases included"
-    gen = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(.2*torch.randn(p.shape, generator=gen))
-    return model.eval()
-
-
-def same(ours, theirs, atol=1e-5):
-    assert (found := first_difference(dict(tensor=ours), dict(tensor=theirs), atol=atol)) is None, str(found)
 
 
 VISION = [dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8),
@@ -36,10 +24,10 @@ def test_vit_is_clips_vision_tower(sizes, whole, tmp_path):
     ours, images = ViT.from_pretrained(tmp_path), torch.randn(2, 3, sizes['image_size'], sizes['image_size'])
     with torch.no_grad(): want = (theirs.vision_model if whole else theirs)(images, output_hidden_states=True)
     with torch.no_grad(), trace(ours) as parts: got = ours(images)
-    same(parts['norm_in'], want.hidden_states[0])
-    for i in range(sizes['num_hidden_layers']): same(parts[f'encoder.blocks.{i}'], want.hidden_states[i + 1])
-    same(got, want.last_hidden_state)
-    same(ours.pooled(images), want.pooler_output)
+    near(parts['norm_in'], want.hidden_states[0])
+    for i in range(sizes['num_hidden_layers']): near(parts[f'encoder.blocks.{i}'], want.hidden_states[i + 1])
+    near(got, want.last_hidden_state)
+    near(ours.pooled(images), want.pooler_output)
 
 
 TEXT = [dict(vocab_size=61, n_positions=32, n_embd=24, n_layer=3, n_head=4), dict(vocab_size=40, n_positions=20, n_embd=16, n_layer=2, n_head=2, n_inner=24, activation_function='relu')]
@@ -60,9 +48,9 @@ def test_gpt2_is_gpt2(sizes, tmp_path):
     ids = torch.randint(sizes['vocab_size'], (3, 9))
     want = theirs(ids, output_hidden_states=True)
     with trace(ours) as parts: got = ours(ids)
-    for i in range(sizes['n_layer'] - 1): same(parts[f'decoder.blocks.{i}'], want.hidden_states[i + 1])   # the last one is normed there
-    same(got, want.logits)
-    same(ours(ours.words(ids)), want.logits)                                                        # word vectors instead of ids
+    for i in range(sizes['n_layer'] - 1): near(parts[f'decoder.blocks.{i}'], want.hidden_states[i + 1])   # the last one is normed there
+    near(got, want.logits)
+    near(ours(ours.words(ids)), want.logits)                                                        # word vectors instead of ids
 
 
 @pytest.mark.parametrize('pads', [(0, 3), (2, 1), (4, 0)])
@@ -72,12 +60,12 @@ def test_left_padding_changes_nothing(pads, tmp_path):
     keep = torch.stack([torch.arange(8) >= n for n in pads])
     ids = torch.randint(61, (2, 8)).masked_fill(~keep, 0)
     want = theirs(ids, attention_mask=keep.long(), position_ids=(keep.long().cumsum(1) - 1).clamp(min=0)).logits[:, -1]
-    same(ours.step(ids, ours.new_cache(), keep), want)
-    for row, n in zip(range(2), pads): same(ours.step(ids[row:row + 1, n:], ours.new_cache())[0], want[row])
+    near(ours.step(ids, ours.new_cache(), keep), want)
+    for row, n in zip(range(2), pads): near(ours.step(ids[row:row + 1, n:], ours.new_cache())[0], want[row])
     cache = ours.new_cache()
     ours.step(ids[:, :6], cache, keep[:, :6])                                # padding first, then words one by one
     ours.step(ids[:, 6:7], cache)
-    same(ours.step(ids[:, 7:], cache), want)
+    near(ours.step(ids[:, 7:], cache), want)
 
 
 @pytest.mark.parametrize('cuts', [(1,)*7, (3, 4), (6, 1)])
@@ -87,11 +75,11 @@ def test_a_cached_step_is_an_uncached_one(cuts, tmp_path):
     ids, cache, at = torch.randint(40, (2, 7)), ours.new_cache(), 0
     for n in cuts:
         at += n
-        same(ours.step(ids[:, at - n:at], cache), ours(ids[:, :at])[:, -1])
+        near(ours.step(ids[:, at - n:at], cache), ours(ids[:, :at])[:, -1])
         assert cache.length == at
     cache.reorder(torch.tensor([1, 1]))
     nxt = torch.tensor([[3], [4]])
-    same(ours.step(nxt, cache), ours(torch.cat([ids[[1, 1]], nxt], 1))[:, -1])
+    near(ours.step(nxt, cache), ours(torch.cat([ids[[1, 1]], nxt], 1))[:, -1])
 
 
 @torch.no_grad()

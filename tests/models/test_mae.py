@@ -2,25 +2,12 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from tensors import near, shake
 from vl_tutor.models.mae import (MAE, PixelDecoder, ViTTrunk, drop_patches, drop_patches_ref, init_mae, pick, pixel_loss, pixel_targets, put_back, put_back_ref)
-from vl_tutor.models.parity import first_difference
 from vl_tutor.primitives.notation import expect_fail
 from vl_tutor.primitives.patches import patchify
 from vl_tutor.training.checkpoints import KeyMap
 from vl_tutor.models.backbones import both
-
-
-def shake(model, seed=1):
-    "Random numbers in every trained tensor, norms and biases included"
-    gen = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad: p.add_(.2*torch.randn(p.shape, generator=gen))
-    return model.eval()
-
-
-def same(ours, theirs, atol=1e-5):
-    assert (found := first_difference(dict(tensor=ours), dict(tensor=theirs), atol=atol)) is None, str(found)
 
 
 def build(side=16, patch=4, width=16, layers=2, heads=2, dim=12, deep=1, dheads=3, **kw):
@@ -58,11 +45,11 @@ def test_mae_is_transformers_vitmae(normalise, ratio):
     ours.load_state_dict(KeyMap(hf_rules()).to_ours(theirs.state_dict(), ours.state_dict()))
     images, noise = torch.randn(3, 3, 24, 24), torch.rand(3, 16)
     want, got = theirs(images, noise=noise), ours.eval()(images, noise=noise, ratio=ratio)
-    same(got['mask'], want.mask, 0.)
+    near(got['mask'], want.mask, 0.)
     assert torch.equal(got['restore'], want.ids_restore)
-    same(got['latent'], theirs.vit(images, noise=noise).last_hidden_state)
-    same(got['pixels'], want.logits)
-    same(pixel_loss(got['pixels'], images, got['mask'], patch=6, normalise=normalise), want.loss)
+    near(got['latent'], theirs.vit(images, noise=noise).last_hidden_state)
+    near(got['pixels'], want.logits)
+    near(pixel_loss(got['pixels'], images, got['mask'], patch=6, normalise=normalise), want.loss)
 
 
 # ---- dropping and putting back ----
@@ -97,8 +84,8 @@ def test_removed_patches_do_not_reach_the_encoder():
     got = model(images, noise=noise)
     holes = got['mask'].reshape(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3) > 0
     other = model(torch.where(holes, torch.randn_like(images), images), noise=noise)
-    same(other['latent'], got['latent'], 0.)
-    same(other['pixels'], got['pixels'], 0.)
+    near(other['latent'], got['latent'], 0.)
+    near(other['pixels'], got['pixels'], 0.)
 
 
 @torch.no_grad()
@@ -107,7 +94,7 @@ def test_without_noise_nothing_is_removed_from_the_trunk():
     tokens, kept = model.trunk.embed(images)
     assert kept is None and tokens.shape == (2, 17, 16)
     all_kept, order = model.trunk.embed(images, noise=torch.rand(2, 16), ratio=0.)
-    same(put_back(all_kept[:, 1:], torch.zeros(16), order.restore), tokens[:, 1:], 0.)
+    near(put_back(all_kept[:, 1:], torch.zeros(16), order.restore), tokens[:, 1:], 0.)
     assert model(images)['mask'].sum(1).tolist() == [12., 12.]                           # drawn, three quarters
 
 
@@ -138,8 +125,8 @@ def test_oblong_pictures():
 def test_targets_divide_by_n_minus_1():
     images = torch.randn(2, 3, 8, 8)
     target, raw = pixel_targets(images, 4), patchify(images, 4)
-    same(target.var(-1, unbiased=True), torch.ones(2, 4), 1e-4)
-    same(target.mean(-1), torch.zeros(2, 4))
+    near(target.var(-1, unbiased=True), torch.ones(2, 4), 1e-4)
+    near(target.mean(-1), torch.zeros(2, 4))
     assert (target.var(-1, unbiased=False) - 1).abs().max() > .01
     assert torch.equal(pixel_targets(images, 4, normalise=False), raw)
     assert not pixel_targets(torch.full((1, 3, 4, 4), .3), 4).abs().max() > 1e-3         # plain: no division by zero
@@ -150,9 +137,9 @@ def test_loss_counts_removed_patches_of_the_whole_batch():
     mask = torch.tensor([[1., 0, 0, 0], [1, 1, 1, 0]])
     error = (pixels - pixel_targets(images, 4)).square().mean(-1)
     want = torch.cat([error[0, :1], error[1, :3]]).mean()                                # not the mean of two means
-    same(pixel_loss(pixels, images, mask, patch=4), want)
+    near(pixel_loss(pixels, images, mask, patch=4), want)
     pixels[0, 1:] += 100.                                                                # seen patches are not asked for
-    same(pixel_loss(pixels, images, mask, patch=4), want)
+    near(pixel_loss(pixels, images, mask, patch=4), want)
     assert pixel_loss(pixels, images, torch.zeros(2, 4), patch=4) == 0
 
 

@@ -2,8 +2,8 @@
 import json
 import pytest
 import torch
+from tensors import near, shake
 from vl_tutor.data.transforms import padded_pictures
-from vl_tutor.models.parity import first_difference
 from vl_tutor.models.vilt import (batched, choose_patches, choose_row, grids_of, load_vilt, published_patches, ragged_positions, ragged_positions_ref, real_patches,
                                   see_ragged, to_places)
 from vl_tutor.models.vlc import VLC, VLCConfig
@@ -11,17 +11,6 @@ from vl_tutor.primitives.notation import expect_fail
 
 SIZES = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20, vocab_size=30, image_size=12, patch_size=4, max_position_embeddings=9)
 SHAPES = [(8, 12), (16, 4), (12, 12), (4, 4)]
-
-
-def shake(model):
-    gen = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(.2*torch.randn(p.shape, generator=gen))
-    return model.eval()
-
-
-def same(ours, theirs, atol=1e-5):
-    assert (found := first_difference(dict(tensor=ours), dict(tensor=theirs), atol=atol)) is None, str(found)
 
 
 def inputs():
@@ -60,7 +49,7 @@ def test_vilt_is_transformers_viltmodel(tmp_path, monkeypatch):
     read = ours(see_ragged(ours, pictures), ids, mask)
     keep = torch.cat([mask, see_ragged(ours, pictures).keep], 1)
     for got, there in ((torch.cat([read.text, read.image], 1), want.last_hidden_state), (read.pooled, want.pooler_output)):
-        same(got[keep] if got.ndim == 3 else got, there[keep] if there.ndim == 3 else there)
+        near(got[keep] if got.ndim == 3 else got, there[keep] if there.ndim == 3 else there)
     assert ours.config.tasks == () and ours.decoder is None
 
 
@@ -72,7 +61,7 @@ def test_heads_of_transformers(cls, head, tmp_path):
     want = theirs(input_ids=ids, attention_mask=mask.long(), **theirs_input(pictures)).logits
     read = ours(see_ragged(ours, pictures), ids, mask)
     assert ours.config.tasks == (head,)
-    same(ours.head(head)(read.text if head == 'mlm' else read.pooled), want, 2e-5)
+    near(ours.head(head)(read.text if head == 'mlm' else read.pooled), want, 2e-5)
 
 
 @torch.no_grad()
@@ -84,7 +73,7 @@ def test_pairs_of_transformers(tmp_path):
     want = theirs(input_ids=ids, attention_mask=mask.long(), **pair).logits
     seen = see_ragged(ours, pictures)
     pooled = [ours(seen[rows], ids, mask, row=i + 1).pooled for i, rows in enumerate((torch.arange(4), torch.tensor([3, 0, 1, 2])))]
-    same(ours.head('nlvr2')(torch.cat(pooled, 1)), want, 2e-5)
+    near(ours.head('nlvr2')(torch.cat(pooled, 1)), want, 2e-5)
 
 
 def test_another_model_is_refused(tmp_path):
@@ -102,8 +91,8 @@ def test_company_never_matters(positions):
     for i, picture in enumerate(pictures):
         n = int(mask[i].sum())
         alone = model(see_ragged(model, [picture]), ids[i:i + 1, :n])
-        same(together.text[i, :n], alone.text[0])
-        same(together.image[i, :alone.image.shape[1]], alone.image[0])
+        near(together.text[i, :n], alone.text[0])
+        near(together.image[i, :alone.image.shape[1]], alone.image[0])
 
 
 @torch.no_grad()
@@ -114,7 +103,7 @@ def test_order_and_padding_never_matter():
     picks = [torch.randperm(n)[:k] if n >= k else torch.randint(valid[0].numel() - n, (k - n,)) for n in counts]
     noisy = images + 100*(~valid).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
     want = model(see_ragged(model, images, valid), ids, mask).pooled
-    same(model(see_ragged(model, noisy, valid, picks=picks), ids, mask).pooled, want)
+    near(model(see_ragged(model, noisy, valid, picks=picks), ids, mask).pooled, want)
 
 
 @torch.no_grad()
@@ -128,7 +117,7 @@ def test_tables_stretch_as_patch_by_patch_and_pass_the_gradient_on():
     valid = real_patches([(3, 5), (6, 1), (1, 1), (4, 4), (3, 5)], 1)
     table = torch.randn(12, 5, requires_grad=True)
     fast = ragged_positions(table, (3, 4), valid)
-    same(fast, ragged_positions_ref(table.detach(), (3, 4), valid))
+    near(fast, ragged_positions_ref(table.detach(), (3, 4), valid))
     assert not fast[~valid.flatten(1)].any()
     fast.sum().backward()
     assert table.grad.abs().sum(1).gt(0).sum() > 6

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensors import same
 from vl_tutor.models.classifier import SIZES as CLASSIFIERS, Classifier, ClassifierConfig
 from vl_tutor.models.mae import MAE, ViTTrunk
 from vl_tutor.models.vlc import SIZES, VLC, VLCConfig
@@ -26,9 +27,6 @@ def build(config=TINY, seed=0):
     with torch.no_grad():
         for p in model.parameters(): p.copy_(torch.randn_like(p))
     return model
-
-
-def same(a, b): return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ---- there and back ----

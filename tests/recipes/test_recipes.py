@@ -2,6 +2,7 @@
 import csv
 import pytest
 import torch
+from tensors import same
 from torch import tensor
 from vl_tutor.models.backbones import GPT2, GPTConfig, ViT, ViTConfig
 from vl_tutor.models.bridge import CrossConfig, MapperConfig, ResamplerConfig
@@ -15,17 +16,10 @@ from vl_tutor.training.checkpoints import read_card, read_tensors, save_model
 from vl_tutor.world.language import captions, world_tokenizer
 from vl_tutor.world.scenes import World
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 EYE, PEN = ViTConfig(48, 16, 16, 1, 2, 32), GPTConfig(64, 64, 16, 2, 2, 32, bos_id=1, eos_id=2)
 TINY = CaptionerConfig(EYE, PEN, MapperConfig(hidden=8), ResamplerConfig(2, 2, 8, 4, 4, 1), CrossConfig(2, 8, 1))
 BLIND = CaptionerConfig(EYE, PEN, MapperConfig(hidden=8), None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -35,11 +29,6 @@ def tool():
     for block in model.gated.values():
         for gate in (block.gate_attn, block.gate_mlp): torch.nn.init.constant_(gate, .7)
     return CaptionTool(model, world_tokenizer(), {})
-
-
-def same(a, b):
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return torch.equal(a, b)
 
 
 def pictures(n, split='test'):

@@ -9,15 +9,8 @@ from vl_tutor.recipes.vlc_claims import (ARMS, PLAN, PROBE, VLCRun, caption_batc
                                          read_claims, record_claims, run_claim, score_claim, time_dropping)
 from vl_tutor.training.vlc_objectives import match_labels
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 TINY = dict(steps=2, train=64, test=16, batch=8, every=1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize('arm', ['hard', 'easy'])

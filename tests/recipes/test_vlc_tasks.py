@@ -19,17 +19,10 @@ from vl_tutor.training.learner import StepLog
 from vl_tutor.training.resume import Checkpoints
 from vl_tutor.world.tasks import make_task, task_tokenizer
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 SMALL = VLCConfig(32, 16, 16, 1, 2, 32, 150, 20, 0, 0, 1)
 LAYOUTS = dict(questions=(files.vqav2, 'vqav2', ('train', 'val')), pairs=(files.nlvr2, 'nlvr2', (None, None)),
                retrieval=(files.karpathy, 'karpathy', (None, None)), classes=(files.imagenet, 'imagenet', (None, None)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

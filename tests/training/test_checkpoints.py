@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
+from tensors import same
 from torch import nn
 from vl_tutor.training.checkpoints import (KeyMap, load_checkpoint, load_model, load_official, pack, rearranged, rng_state,
     save_checkpoint, save_model, unpack, write_whole)
@@ -23,8 +24,6 @@ def official():
         out |= {f'h.{i}.{n}.{w}': r(2, 3) if w == 'weight' else r(2) for n in 'kv' for w in ('weight', 'bias')}
         out |= {f'h.{i}.fc.weight': r(2, 7), f'h.{i}.c': r(2, 3), f'h.{i}.d': r(2, 3)}
     return out | {'head': out['wte'].clone()}
-
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 def test_there_and_back():
     ours = KEYS.to_ours(official())

@@ -2,6 +2,7 @@
 import copy, csv, json, os, signal, subprocess, sys, threading
 import pandas as pd, pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
+from tensors import same
 from torch import nn
 from vl_tutor.training import objectives as O
 from vl_tutor.training.checkpoints import load_checkpoint
@@ -40,7 +41,6 @@ def plain(seed=1, width=8):
     return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2))
 
 def loaders(bs=20, workers=0, data=DATA, **kw): return dict_loaders(data, DATA, bs=bs, workers=workers, device='cpu', **kw)
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 # ---- arithmetic -------------------------------------------------------------------------------------------------
 
