@@ -240,7 +240,7 @@ def ways(
     words = mine(torch.stack(own).mean(0))[at, text.start:text.stop]
     return (patches/patches.sum().clamp(min=1e-30)).unflatten(1, spans[0].grid), words
 
-# %% ../../nbs/explain/52_figures.ipynb #f012d10a
+# %% ../../nbs/explain/52_figures.ipynb #f3831742
 PLACES = dict(latent=1.45, word=2.2)     # x, in picture widths
 
 def draw_ways(
@@ -256,10 +256,12 @@ def draw_ways(
         j, row, col = place//(rows*cols), place//cols%rows, place%cols
         share, (x, y) = through[j, row, col].item(), spots[j]
         total += share
-        ax.plot([(col + .5)/cols, x], [(row + .5)/rows, y], color=PALETTE['image'], lw=60*share, alpha=.75)
+        line = [(col + .5)/cols, x], [(row + .5)/rows, y]
+        ax.plot(*line, color='w', lw=18*share + .8, alpha=.6)                    # seen on dark ground, too
+        ax.plot(*line, color=PALETTE['image'], lw=18*share + .1)
     for (x, y), share in zip(spots, through.sum((1, 2)).tolist()) if m > 1 else ():
-        ax.plot([x, end[0]], [y, end[1]], color=PALETTE['latent'], lw=25*share, alpha=.75)
-        ax.plot(x, y, 'o', color=PALETTE['latent'], ms=4 + 14*share)
+        ax.plot([x, end[0]], [y, end[1]], color=PALETTE['latent'], lw=18*share)
+        ax.plot(x, y, 'o', color=PALETTE['latent'], ms=4 + 10*share, zorder=4)
     return total
 
 def draw_words(
@@ -299,15 +301,15 @@ def show_flow(
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../../nbs/explain/52_figures.ipynb #55f5c038
+# %% ../../nbs/explain/52_figures.ipynb #301decfc
 def place_name(
     weights: Tensor,     # `(rows cols)`
 ) -> str:                # 'upper left', …, 'centre', …; 'nowhere' if the map is constant
     "Where the largest patch lies, in words"
     if weights.max() == weights.min(): return 'nowhere'
     row, col = divmod(weights.argmax().item(), weights.shape[1])
-    high = ('upper', '', 'lower')[3*row//weights.shape[0]]
-    side = ('left', '', 'right')[3*col//weights.shape[1]]
+    high = ('upper', '', 'lower')[int(3*(row + .5)/weights.shape[0])]
+    side = ('left', '', 'right')[int(3*(col + .5)/weights.shape[1])]
     return f'{high} {side}'.strip() if high and side else {'upper': 'top', 'lower': 'bottom'}.get(high, side) or 'centre'
 
 def alt_text(
