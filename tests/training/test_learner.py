@@ -335,7 +335,7 @@ def test_in_a_thread_there_are_no_signals(tmp_path):
 
 KILLED = '''
 import os, signal, sys
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2], os.path.dirname(sys.argv[2])      # test_learner, tensors
 from test_learner import run
 run(sys.argv[1], stop=8, workers=int(sys.argv[3]), how=lambda: os.kill(os.getpid(), signal.SIGKILL))
 '''
