@@ -4,12 +4,14 @@ import pytest
 import torch
 from tensors import same
 from torch import tensor
+from vl_tutor.explain.one_call import explain
 from vl_tutor.models.backbones import GPT2, GPTConfig, ViT, ViTConfig
 from vl_tutor.models.bridge import CrossConfig, MapperConfig, ResamplerConfig
 from vl_tutor.models.captioner import Captioner, CaptionerConfig
+from vl_tutor.primitives.attention import record
 from vl_tutor.primitives.words import WordTokenizer, byte_pair_tokenizer
-from vl_tutor.recipes.captioner import (BUNDLED, DECODINGS, CaptionTool, captioned, captioning_by_ear, evaluate_captioner, latent_flow,
-                                        load_captioner, load_published, load_towers, train_captioner, word_maps)
+from vl_tutor.recipes.captioner import (BUNDLED, DECODINGS, CaptionTool, captioned, captioning_by_ear, evaluate_captioner,
+                                        load_captioner, load_published, load_towers, train_captioner)
 from vl_tutor.recipes.pretraining import (PatchReader, Recipe, Samples, fresh_tower, labelled_patches, mishear, next_word_smoothed, normalise,
                                           patch_accuracy, pretrain_language, pretrain_vision, surprise, text_windows)
 from vl_tutor.training.checkpoints import read_card, read_tensors, save_model
@@ -118,22 +120,40 @@ def test_captioning_reads_what_is_heard_and_writes_what_is_true(tool):
     assert captioning_by_ear(tool.model, batch)['caption'].item() != pytest.approx(want.item(), abs=1e-5)
 
 
-def test_latent_flow_by_hand():
-    one = tensor([[.5, .1, .0, .2, .2], [.1, .1, .6, .1, .1]])
-    two = tensor([[0., 0., 0., 0., 1.], [0., 0., 1., 0., 0.]])
-    assert torch.allclose(latent_flow([one]), one[:, :3])
-    assert torch.allclose(latent_flow([one, two]), tensor([[.3, .1, .3], [.05, .05, .8]]))
+def test_the_maps_of_a_caption_are_what_explain_finds(tool):
+    "One map a word, none negative, each summing to 1: what `explain` reads from the same words as `pointing` says"
+    images = pictures(2)
+    for image, said in zip(images, tool.caption(images, maps=True, max_words=5)):
+        case = tool.written(tool.video([image]), said.ids)
+        want = explain(case).maps(**tool.pointing())
+        assert case.labels == said.words and said.maps.shape == want.shape == (len(said.ids), 3, 3) and (said.maps >= 0).all()
+        assert torch.allclose(said.maps, want/want.sum((1, 2), keepdim=True), atol=1e-6)
+        assert not torch.allclose(want[0]/want[0].sum(), torch.full((3, 3), 1/9), atol=1e-3)
 
 
-def test_word_maps_are_one_a_word_and_sum_to_1(tool):
-    video, ids = tool.video(pictures(1)), tensor([[1, 9, 12, 7, 2]])
-    maps = word_maps(tool.model, video, ids)
-    assert maps.shape == (5, 3, 3) and (maps >= 0).all()
-    assert torch.allclose(maps.sum((1, 2)), torch.ones(5), atol=1e-5)
-    assert not torch.allclose(maps, word_maps(tool.model, tool.video(pictures(2)[1:]), ids), atol=1e-4)
+def test_maps_are_the_last_gated_block_through_the_latents(tool):
+    "Word k was written one token before it is read; its look at the latents times their mean look at the patches"
+    words, video = [9, 12, 7], tool.video(pictures(1))
+    with record(tool.model) as seen: tool.model(video, tensor([[1, *words]]))
+    last = max(tool.model.gated, key=int)
+    looked = seen[f'gated.{last}.attn'][0].mean(0)[1:4]                                        # prefix, then <bos> and the words
+    layers = [seen[f'resampler.layers.{l}.attn'][0].mean(0) for l in range(len(tool.model.resampler.layers))]
+    patches = (looked @ torch.stack(layers).mean(0))[:, 1:10]                                  # token 0 is no patch
+    assert torch.allclose(tool.where(video, words).flatten(1), patches/patches.sum(1, keepdim=True), atol=1e-5)
+
+
+def test_no_words_and_no_latents_have_no_maps(tool):
+    assert tool.finish(tool.video(pictures(1)), [], True, True).maps.shape == (0, 1, 1)
     blind = CaptionTool(Captioner(BLIND).eval(), world_tokenizer(), {})
-    with pytest.raises(ValueError, match='no resampler'): word_maps(blind.model, video, ids)
     assert blind.caption(pictures(1), maps=True, decoding='greedy')[0].maps is None
+    with pytest.raises(ValueError, match='image'): blind.where(blind.video(pictures(1)), [9, 12])
+
+
+def test_asking_for_maps_leaves_no_trace(tool):
+    learns = [p.requires_grad for p in tool.model.parameters()]
+    with torch.no_grad(): tool.caption(pictures(1), maps=True, max_words=4)
+    assert [p.requires_grad for p in tool.model.parameters()] == learns and not tool.model.training
+    assert all(p.grad is None for p in tool.model.parameters()) and all(getattr(m, 'recorder', None) is None for m in tool.model.modules())
 
 
 @pytest.mark.parametrize('decoding', DECODINGS)

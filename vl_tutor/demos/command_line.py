@@ -8,25 +8,26 @@ __all__ = ['ABOUT', 'app', 'DECODINGS', 'Json', 'Weights', 'Vision', 'Language',
            'writable', 'open_tool', 'caption', 'open_pictures', 'draw_maps', 'finetune', 'demo', 'must_be_free',
            'convert']
 
-# %% ../../nbs/demos/69_command_line.ipynb #d22feb2f
+# %% ../../nbs/demos/69_command_line.ipynb #3afcf7f7
 import json, sys
 from pathlib import Path
 from typing import Annotated
 import typer
 from .data_commands import data_app
+from .explain_commands import explain_app
 from .jobs import read_sizes, run_folder, steps, to_file, to_folder, waiting, watched
 from .task_commands import task_app
 from .vlc_commands import vlc_app
 from .world_commands import world_app
 
-# %% ../../nbs/demos/69_command_line.ipynb #68306bab
+# %% ../../nbs/demos/69_command_line.ipynb #8375ef0a
 ABOUT = """Caption pictures, ask about them, find them: with small models whose every part you can read.
 
 [bold]Exit codes[/]: 0 done; 1 stopped half way; 2 the request was wrong: one sentence says how."""
 app = typer.Typer(help=ABOUT, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False)
 app.add_typer(data_app, name='data')
 app.add_typer(task_app, name='task')
-for nameless in (world_app, vlc_app): app.add_typer(nameless)      # their commands are ours
+for nameless in (world_app, vlc_app, explain_app): app.add_typer(nameless)      # their commands are ours
 
 def opt(
     kind: type,    # of the value
