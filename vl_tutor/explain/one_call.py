@@ -134,7 +134,7 @@ class Explanation:
         if isinstance(which, int) and 0 <= which < len(self.labels): return which
         raise ValueError(f'no label {which!r}; choose from {", ".join(self.labels)}')
 
-# %% ../../nbs/explain/51_one_call.ipynb #3f454726
+# %% ../../nbs/explain/51_one_call.ipynb #0a564c12
 @patch
 def climb(self: Explanation,
     of: str,              # 'weights' or 'tokens'
@@ -144,8 +144,9 @@ def climb(self: Explanation,
     new, rows = [k for k in ks if (of, k) not in self.slopes], self.case.rows
     if not new: return
     if not self.scores.requires_grad: raise ValueError('no recorded look has a say in these scores')
-    scores = self.scores if rows == 1 else self.scores.sum()[None]    # rows do not hear each other
-    with torch.inference_mode(False): found = gradients(scores, [getattr(self, of)[k] for k in new])
+    with torch.inference_mode(False), torch.enable_grad():
+        scores = self.scores if rows == 1 else self.scores.sum()[None]    # rows do not hear each other
+        found = gradients(scores, [getattr(self, of)[k] for k in new])
     for k, g in zip(new, found):
         g = side_by_side(g, rows, of == 'weights')
         self.slopes[of, k] = (g[:, 0] if rows == 1 else g[0]).float().cpu()
@@ -171,7 +172,7 @@ def table(self: Explanation,
     take = slice(None) if head is None else slice(head, head + 1)
     return HEADS[method](a[:, take], None if method == 'attention' else self.slope('weights', k)[:, take])
 
-# %% ../../nbs/explain/51_one_call.ipynb #fba39b37
+# %% ../../nbs/explain/51_one_call.ipynb #33e43d2c
 def known(
     method: str,
 ) -> str:     # the same; ValueError with the names of all methods if it is none
@@ -197,8 +198,8 @@ def readers(self: Explanation,
     asks, joint = self.origin(source), self.origin(source) == source
     wanted = dict(
         gradcam=lambda l: l.asks == source and l.norm,
-        attention=lambda l: l.asks == asks and (joint or set(l.answers) != {asks}),
-    ).get(known(method), lambda l: source in l.answers and (joint or l.asks != source))
+        attention=lambda l: l.asks == asks and (source in l.answers if joint else set(l.answers) != {asks}),
+    ).get(known(method), lambda l: source in l.answers and (l.asks == source) == joint)
     return [k for k, l in enumerate(self.looks) if method in TABLE or wanted(l)]
 
 @patch
@@ -211,7 +212,7 @@ def picked(self: Explanation, method: str, kind: str, layer: int|None) -> list[i
         raise ValueError(f'{method} has layers 0 to {len(found) - 1}, not {layer}')
     return [found[layer]]
 
-# %% ../../nbs/explain/51_one_call.ipynb #c014ce0e
+# %% ../../nbs/explain/51_one_call.ipynb #4fd7141a
 @patch
 def flow(self: Explanation,
     method: str='relevance',     # or 'rollout'
@@ -237,7 +238,8 @@ def between(self: Explanation,
     head: int|None=None,       # None: the mean of all
 ) -> Tensor:                   # `(t n m)`
     "Tokens of one stream by the tokens of another that they looked at"
-    own = [k for k, l in enumerate(self.looks) if l.asks == asks and (asks == source or set(l.answers) != {asks})]
+    wanted = lambda l: source in l.answers if asks == source else set(l.answers) != {asks}
+    own = [k for k, l in enumerate(self.looks) if l.asks == asks and wanted(l)]
     if layer is not None: own = [own[layer]]
     chosen = own + [k for k, l in enumerate(self.looks) if l.asks != asks]
     if method != 'attention': self.climb('weights', chosen)
