@@ -234,7 +234,7 @@ def test_lines_are_as_wide_as_the_flow(said):
     fig = show_flow(said, 'circle', most=10)
     through = ways(said, 'circle')[0]
     want = through.flatten().sort(descending=True).values[:10]
-    assert np.allclose(sorted(widths(fig, 'image'), reverse=True), 18*want.numpy() + .1, atol=1e-4)
+    assert np.allclose(sorted(widths(fig, 'image'), reverse=True), 18*want.numpy(), atol=1e-4)
     assert np.allclose(sorted(w for w in widths(fig, 'latent')), sorted(18*through.sum((1, 2)).numpy()), atol=1e-4)
     assert fig.axes[0].get_title(loc='left').endswith(f'carry {want.sum():.0%}')
 

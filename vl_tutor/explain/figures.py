@@ -240,8 +240,8 @@ def ways(
     words = mine(torch.stack(own).mean(0))[at, text.start:text.stop]
     return (patches/patches.sum().clamp(min=1e-30)).unflatten(1, spans[0].grid), words
 
-# %% ../../nbs/explain/52_figures.ipynb #f3831742
-PLACES = dict(latent=1.45, word=2.2)     # x, in picture widths
+# %% ../../nbs/explain/52_figures.ipynb #92fb0258
+PLACES = dict(latent=1.45, word=2.3)     # x, in picture widths
 
 def draw_ways(
     ax,                  # matplotlib axes with the picture, 1 wide and 1 high
@@ -250,15 +250,15 @@ def draw_ways(
 ) -> float:              # share carried by the lines drawn
     "Lines from patches to latents and on to the point where the word stands; without latents straight on"
     m, rows, cols = through.shape
-    end, total = (PLACES['word'] - .04, .5), 0.
+    end, total = (PLACES['word'], .5), 0.
     spots = [end] if m == 1 else [(PLACES['latent'], (j + .5)/m) for j in range(m)]
     for place in through.flatten().topk(min(most, through.numel())).indices.tolist():
         j, row, col = place//(rows*cols), place//cols%rows, place%cols
         share, (x, y) = through[j, row, col].item(), spots[j]
         total += share
         line = [(col + .5)/cols, x], [(row + .5)/rows, y]
-        ax.plot(*line, color='w', lw=18*share + .8, alpha=.6)                    # seen on dark ground, too
-        ax.plot(*line, color=PALETTE['image'], lw=18*share + .1)
+        ax.plot(*line, color='w', lw=18*share + min(.8, 18*share))           # seen on dark ground, too
+        ax.plot(*line, color=PALETTE['image'], lw=18*share)
     for (x, y), share in zip(spots, through.sum((1, 2)).tolist()) if m > 1 else ():
         ax.plot([x, end[0]], [y, end[1]], color=PALETTE['latent'], lw=18*share)
         ax.plot(x, y, 'o', color=PALETTE['latent'], ms=4 + 10*share, zorder=4)
@@ -270,15 +270,15 @@ def draw_words(
     heard: Tensor,       # how much the word gets from each `(n)`
     said: str,           # the word itself, at the middle
 ):
-    "The word, and lines to the words that it listened to"
+    "The word, and lines from the words that it listened to"
     shares = (heard/heard.sum().clamp(min=1e-30)).tolist()
     x, n = PLACES['word'], len(names)
-    ax.text(x, .5, said, color='w', fontsize=11, va='center', weight='bold',
+    ax.text(x, .5, said, color='w', fontsize=11, ha='center', va='center', weight='bold',
             bbox=dict(facecolor=PALETTE['text'], edgecolor='none', boxstyle='round,pad=.25'), zorder=5)
     for k, (name, share) in enumerate(zip(names, shares)):
         y = (k + .5)/n
-        ax.plot([x + .22, x + .72], [.5, y], color=PALETTE['text'], lw=12*share, alpha=.6)
-        ax.text(x + .75, y, name, color=PALETTE['text'], fontsize=8, va='center')
+        ax.plot([x, x + .62], [.5, y], color=PALETTE['text'], lw=12*share, alpha=.6)
+        ax.text(x + .65, y, name, color=PALETTE['text'], fontsize=8, va='center')
 
 # %% ../../nbs/explain/52_figures.ipynb #c1e8f204
 def show_flow(
