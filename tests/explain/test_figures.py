@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from vl_tutor.data.transforms import normalised
-from vl_tutor.explain.figures import (SCALES, alt_text, as_seen, lay_map, place_name, show_explanation, show_flow, show_methods,
+from vl_tutor.explain.figures import (SCALES, alt_text, seen_pixels, lay_map, place_name, show_explanation, show_flow, show_methods,
                                       show_patch, show_text, times_even, token_names, ways)
 from vl_tutor.explain.one_call import METHODS, explain
 from vl_tutor.models.backbones import GPTConfig, ViTConfig
@@ -58,21 +58,21 @@ def png(figure):
 @pytest.mark.parametrize('mean, std', SCALES)
 def test_the_picture_comes_back_from_any_scale(mean, std):
     x = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)
-    assert abs(as_seen(normalised(x, mean, std))*255 - x.permute(1, 2, 0).numpy()).max() < .01
+    assert abs(seen_pixels(normalised(x, mean, std))*255 - x.permute(1, 2, 0).numpy()).max() < .01
 
 
 def test_the_picture_of_a_tool_is_the_picture_it_was_given(said, hidden):
-    for ex in (said, hidden): assert abs(as_seen(ex.case.picture)*255 - IMAGE.permute(1, 2, 0).numpy()).max() < .01
+    for ex in (said, hidden): assert abs(seen_pixels(ex.case.picture)*255 - IMAGE.permute(1, 2, 0).numpy()).max() < .01
 
 
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L', 'P'])
 def test_pil_pictures_of_any_mode(mode):
-    seen = as_seen(Image.new('RGB', (5, 1), (255, 255, 255)).convert(mode))
+    seen = seen_pixels(Image.new('RGB', (5, 1), (255, 255, 255)).convert(mode))
     assert seen.shape == (1, 5, 3) and (seen == 1).all()
 
 
 def test_a_picture_out_of_no_scale_is_still_drawn():
-    seen = as_seen(torch.randn(3, 4, 4)*9)
+    seen = seen_pixels(torch.randn(3, 4, 4)*9)
     assert seen.min() >= 0 and seen.max() <= 1
 
 
@@ -84,26 +84,26 @@ def opacity(ax): return np.asarray(ax.images[1].get_array())[..., 3]
 @pytest.mark.parametrize('scale', [1, 1e-12, 1e12])
 def test_fog_is_the_map_upside_down_whatever_its_scale(scale):
     ax, w = Figure().subplots(), torch.rand(5, 7)
-    lay_map(ax, as_seen(IMAGE), w*scale)
+    lay_map(ax, seen_pixels(IMAGE), w*scale)
     assert abs(opacity(ax) - (.88*(1 - (w - w.min())/(w.max() - w.min()))).numpy()).max() < 1e-4
 
 
 def test_the_frame_is_around_the_largest_patch():
     w = torch.rand(4, 6); w[2, 5] = 2
     ax = Figure().subplots()
-    lay_map(ax, as_seen(IMAGE), w)
+    lay_map(ax, seen_pixels(IMAGE), w)
     assert ax.lines[0].get_xydata().min(0).tolist() == [5, 2] and ax.lines[0].get_xydata().max(0).tolist() == [6, 3]
 
 
 @pytest.mark.parametrize('w', [torch.zeros(3, 3), torch.full((2, 5), .2), torch.tensor([[7.]])])
 def test_a_constant_map_is_all_fog_without_a_frame(w):
     ax = Figure().subplots()
-    lay_map(ax, as_seen(IMAGE), w)
+    lay_map(ax, seen_pixels(IMAGE), w)
     assert not ax.lines and np.allclose(opacity(ax), .88)
 
 
 def test_what_is_no_map_is_refused():
-    with pytest.raises(ValueError, match=r'\(2, 3, 3\)'): lay_map(Figure().subplots(), as_seen(IMAGE), torch.ones(2, 3, 3))
+    with pytest.raises(ValueError, match=r'\(2, 3, 3\)'): lay_map(Figure().subplots(), seen_pixels(IMAGE), torch.ones(2, 3, 3))
 
 
 # ---- the strip ----
