@@ -7,12 +7,11 @@ __all__ = ['ANSWER_LOOK', 'QUIET', 'HEAVY', 'CLEAR', 'TABS', 'PAGES', 'introduce
            'number_and_roll', 'wire', 'forget', 'ask_parts', 'try_questions', 'ask_tab', 'pair_tab', 'place_of',
            'find_tab', 'fill_tab', 'build_answers', 'build_pages', 'launch_page']
 
-# %% ../../nbs/demos/61_answering.ipynb #cd57c327
-import os
+# %% ../../nbs/demos/61_answering.ipynb #dddff847
 from PIL import Image
 from ..data.images import open_image
 from .answer_desk import AnswerDesk, belongs, remark, true_answer
-from .captioning import build_demo, drawing_board, guard, in_a_sentence, serve
+from .captioning import blank_page, build_demo, drawing_board, guard, in_a_sentence, serve
 from .word_maps import word_view
 from ..primitives.notation import PALETTE
 
@@ -281,24 +280,23 @@ def fill_tab(
     wire(at, desk.roll_gaps, show, ('gaps', 'fill'))
     forget([picture], truth)
 
-# %% ../../nbs/demos/61_answering.ipynb #645ce728
+# %% ../../nbs/demos/61_answering.ipynb #3930d0a7
 TABS = {'Ask': ask_tab, 'Two pictures': pair_tab, 'Find': find_tab, 'Fill in': fill_tab}
 
 def build_answers(
     tool=None,    # a `VLCTool`; the bundled weights if None
 ):                # gradio Blocks, ready for `serve`
     "The page that is asked"
-    os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'    # set before the page is built: no look-ups outside
-    import gradio as gr
     from vl_tutor.recipes.vlc import load_vlc
     desk = AnswerDesk(tool or load_vlc())
-    with gr.Blocks(title='vl_tutor: a page you can ask', analytics_enabled=False) as demo:
+    with blank_page('vl_tutor: a page you can ask') as demo:
+        import gradio as gr
         gr.Markdown(introduce_answers(desk.tool), elem_classes='vlt-head')
         for name, tab in TABS.items():
             with gr.Tab(name): tab(desk)
-    return demo.queue(max_size=128, default_concurrency_limit=4)
+    return demo
 
-# %% ../../nbs/demos/61_answering.ipynb #b28dafd1
+# %% ../../nbs/demos/61_answering.ipynb #0163385d
 def build_pages(
     captioner=None,    # a `CaptionTool`; the bundled weights if None
     vlc=None,          # a `VLCTool`; the bundled weights if None
@@ -306,10 +304,10 @@ def build_pages(
     "Every page in one"
     pages = {'A captioner': build_demo(captioner), 'Questions': build_answers(vlc)}
     import gradio as gr
-    with gr.Blocks(title='vl_tutor', analytics_enabled=False) as demo, gr.Tabs(elem_id='pages'):
+    with blank_page('vl_tutor') as demo, gr.Tabs(elem_id='pages'):
         for name, page in pages.items():
             with gr.Tab(name): page.render()
-    return demo.queue(max_size=128, default_concurrency_limit=4)
+    return demo
 
 PAGES = dict(all=build_pages, caption=lambda captioner, vlc: build_demo(captioner),
              answer=lambda captioner, vlc: build_answers(vlc))

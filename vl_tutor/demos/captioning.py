@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['HONEST', 'INKS', 'TRIES', 'HEAD_LOOK', 'CaptionDesk', 'introduce', 'in_a_sentence', 'guard', 'guard_board',
-           'drawing_board', 'scene_tab', 'sample_files', 'own_tabs', 'choices', 'wire', 'build_demo', 'serve',
-           'launch_demo']
+           'drawing_board', 'scene_tab', 'sample_files', 'own_tabs', 'choices', 'wire', 'blank_page', 'build_demo',
+           'serve', 'launch_demo']
 
-# %% ../../nbs/demos/60_captioning.ipynb #ca290a67
+# %% ../../nbs/demos/60_captioning.ipynb #7b16b322
 import html, os, threading
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -234,16 +235,26 @@ def wire(
     changes = [controls[0].change, *(slider.release for slider in controls[1:4]), controls[4].change]
     gr.on(changes, trigger_mode='always_last', **scene)
 
-# %% ../../nbs/demos/60_captioning.ipynb #cc5a3509
+# %% ../../nbs/demos/60_captioning.ipynb #d5869d79
+@contextmanager
+def blank_page(
+    title: str,    # in the browser's tab
+):                 # gradio Blocks, to be filled; with a queue once they are
+    "A page that asks nobody outside and lets a bounded number of visitors wait"
+    os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'    # set before the page is built: no look-ups outside
+    import gradio as gr
+    with gr.Blocks(title=title, analytics_enabled=False) as demo: yield demo
+    demo.queue(max_size=128, default_concurrency_limit=4)
+
+# %% ../../nbs/demos/60_captioning.ipynb #07332ad9
 def build_demo(
     tool=None,    # a `CaptionTool`; the bundled weights if None
 ):                # gradio Blocks, ready for `launch`
     "The captioning page"
-    os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'    # set before the page is built: no look-ups outside
-    import gradio as gr
     from vl_tutor.recipes.captioner import load_captioner
     desk = CaptionDesk(tool or load_captioner())
-    with gr.Blocks(title='vl_tutor: a captioner you can watch', analytics_enabled=False) as demo:
+    with blank_page('vl_tutor: a captioner you can watch') as demo:
+        import gradio as gr
         gr.Markdown(introduce(desk.tool), elem_classes='vlt-head')
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=320), gr.Tabs(): at = {**scene_tab(), **own_tabs(desk)}
@@ -252,7 +263,7 @@ def build_demo(
                 view = gr.HTML(elem_id='view', min_height=400)
                 controls = choices()
         wire(desk, demo, at, controls, [said, view])
-    return demo.queue(max_size=128, default_concurrency_limit=4)
+    return demo
 
 # %% ../../nbs/demos/60_captioning.ipynb #e4efb47e
 HEAD_LOOK = """

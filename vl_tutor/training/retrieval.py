@@ -205,20 +205,23 @@ def evaluation_cost(
     n = (config.text_len if words is None else words) + 1 + patches
     return Cost(pictures*texts, round(config.layers*((4*d*d + 2*d*config.hidden)*n + 2*n*n*d)))
 
-# %% ../../nbs/training/38_retrieval.ipynb #4b3b487f
+# %% ../../nbs/training/38_retrieval.ipynb #39fb76f3
 @contextmanager
 def bar(
     what: str,      # shown beside it
-):                  # gives what `score_all` takes as progress
-    "A progress bar with the time that is left, on stderr, if somebody is watching"
+):                  # gives what `score_all` takes as progress: done, total or None, and a name per row
+    "Progress bars with the time that is left, on stderr, if somebody is watching"
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-    console = Console(stderr=True)
-    count = '{task.completed:,.0f}/{task.total:,.0f}'
-    columns = '{task.description}', BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as rows:
-        task = rows.add_task(what, total=1)
-        yield lambda done, total: rows.update(task, completed=done, total=total)
+    console, rows = Console(stderr=True), {}
+    columns = '{task.description}', BarColumn(), '{task.fields[at]}', TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        free = [progress.add_task(what, total=None, at='')]
+        def tell(done: int, total: int|None=None, name: str=''):
+            if name not in rows: rows[name] = free.pop() if free else progress.add_task(what, total=None, at='')
+            at = f'{done:,.0f}/{"?" if total is None else f"{total:,.0f}"}'
+            progress.update(rows[name], description=f'{what} {name}', completed=done, total=total, at=at)
+        yield tell
 
 # %% ../../nbs/training/38_retrieval.ipynb #ac630a38
 KS = (1, 5, 10)      # the usual places
