@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-COMMANDS = ('caption', 'answer', 'retrieve', 'evaluate', 'train', 'finetune', 'demo', 'convert')
+COMMANDS = ('caption', 'answer', 'retrieve', 'explain', 'evaluate', 'train', 'finetune', 'demo', 'convert')
 vl_tutor = [str(Path(sys.executable).parent/'vl-tutor')]
 
 

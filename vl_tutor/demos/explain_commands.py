@@ -71,13 +71,16 @@ def open_system(
     if text is None: raise ValueError('--system answer needs a question: give it after the picture, in quotes')
     return open_vlc(weights), target or 'answer'
 
-# %% ../../nbs/demos/66_explain_commands.ipynb #1cea5c2a
+# %% ../../nbs/demos/66_explain_commands.ipynb #02ab6561
 def explained(
     ex,                 # an `Explanation`
     how: dict,          # method, and what it is narrowed to
     chosen: list[int],  # places of the labels
 ) -> list[dict]:        # a row for each
     "All that was found, in plain numbers; every map sums to 1"
+    heads = min(ex.weights[k].shape[-3] for k in ex.readers(how['method']))
+    if how.get('head', 0) not in range(heads):
+        raise ValueError(f'--head {how["head"]}: this attention has heads 0 to {heads - 1}')
     maps, scores = ex.maps(**how), [ex.scores[k].item() for k in ex.case.scores]
     shares = maps/maps.sum((1, 2), keepdim=True).clamp(min=1e-30)
     plain = lambda i: [[round(x, 5) for x in line] for line in shares[i].tolist()]
