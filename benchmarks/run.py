@@ -231,7 +231,63 @@ def p7(pairs) -> list[dict]:
     return [row('P7', 'Grad-CAM of eight pictures, ViT-tiny at 224, against pytorch-grad-cam', 2.2, race(peer, ours, pairs))]
 
 
-ROWS = dict(P1=p1, P2=p2, P3=p3, P5=p5, P7=p7, P12=p12, P13=p13)
+def p8(pairs) -> list[dict]:
+    "Maps of eight words of the bundled captioner: one pass for all against forward and backward, everything watched, for each word"
+    from vl_tutor.explain.attention_maps import relevance
+    from vl_tutor.explain.gradcam import attention_gradcam
+    from vl_tutor.explain.one_call import explain
+    from vl_tutor.primitives.attention import record
+    from vl_tutor.recipes.captioner import load_captioner
+    tool, picture = load_captioner(), torch.randint(256, (3, 48, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    case = tool.case(picture, 'a red star left of a blue circle')
+    looks, patches = case.layout.looks, slice(1, tool.model.config.vision.tokens)
+    last = max(k for k, look in enumerate(looks) if look.asks == 'latents')
+
+    def each(read):
+        maps = []
+        for j in range(len(case.labels)):
+            tool.model.zero_grad()
+            with record(tool.model, True) as seen: case.run()[j].backward()
+            maps.append(read(j, lambda path: attention_gradcam(seen[path], seen.gradients(path)).detach()))
+        tool.model.zero_grad()
+        return torch.stack(maps)
+
+    one = lambda j, table: table(looks[last].path)[0].sum(0)[patches]
+    every = lambda j, table: relevance([(look, table(look.path)) for look in looks], case.layout)['text']['media'][0, j + 1, patches]
+    jobs = (('attention_gradcam at the last look', 8., lambda: each(one), lambda: explain(case, looks={last}).reach('attention_gradcam')),
+            ('relevance through every look', 3., lambda: each(every), lambda: explain(case).reach('relevance')))
+    rows = []
+    for name, target, peer, ours in jobs:
+        torch.testing.assert_close(ours(), peer(), atol=1e-6, rtol=1e-4)
+        rows.append(row('P8', f'{name}, {len(case.labels)} words in one pass against a pass for each', target, race(peer, ours, pairs)))
+    return rows
+
+
+@torch.no_grad()
+def p9(pairs) -> list[dict]:
+    "A model that cannot be watched against ours, not watched and watched"
+    from copy import deepcopy
+    from vl_tutor.models.vlc import VLC, VLCConfig
+    from vl_tutor.primitives.attention import Attention, record
+    torch.manual_seed(0)
+    model = VLC(VLCConfig(image_size=224, patch_size=16, width=192, layers=6, heads=4, hidden=768, vocab_size=500, decoder_layers=0)).eval()
+    bare, pictures, ids = deepcopy(model), torch.randn(2, 3, 224, 224), torch.randint(500, (2, 12))
+    fused = lambda self, q, k, v, keep: attend(q, k, v, keep, self.causal, self.dropout if self.training else 0.)
+    blind = type('Unwatched', (Attention,), dict(mix=fused))
+    for part in bare.modules():
+        if isinstance(part, Attention): part.__class__ = blind
+    peer, off = (lambda m=m: m(m.see(pictures), ids).text for m in (bare, model))
+
+    def on():
+        with record(model): return off()
+
+    assert torch.equal(peer(), off()), 'P9: other outputs'
+    torch.testing.assert_close(on(), peer(), atol=1e-5, rtol=1e-4)
+    return [row('P9', f'VLC of 209 tokens, recording {name}, against one that knows no recording', target, race(peer, ours, many))
+            for name, target, ours, many in (('off', .99, off, 5*pairs), ('on', .556, on, pairs))]
+
+
+ROWS = dict(P1=p1, P2=p2, P3=p3, P5=p5, P7=p7, P8=p8, P9=p9, P12=p12, P13=p13)
 
 
 def main():
