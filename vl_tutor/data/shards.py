@@ -187,7 +187,7 @@ def check_file(folder: Path, shard: dict, verify: bool=False):
     if verify and sha256(file) != shard['sha256']:
         raise ValueError(f'the shard {file} is not what was packed')
 
-# %% ../../nbs/data/22_shards.ipynb #0a27209c
+# %% ../../nbs/data/22_shards.ipynb #6f6ae675
 LOAN = 128                                                          # shards open at a time
 
 class ShardRows:
@@ -216,20 +216,22 @@ class ShardRows:
 
     def __getstate__(self): return self.__dict__ | dict(open=OrderedDict(), groups=None, owner=None)
 
-    def opened(self, shard: dict):
-        "A shard, opened in this process; those not used for long are closed"
-        if self.owner != os.getpid():                                        # a worker opens its own
-            self.open, self.groups, self.owner = OrderedDict(), OrderedDict(), os.getpid()
-        name = shard['file']
-        if name not in self.open:
-            found = OPENS[name.rpartition('.')[2]](inside(self.folder, name))
-            if (n := sum(found.chunks)) != shard.get('rows', n):
-                raise ValueError(f'the shard {name} is damaged: it has {n} rows, not {shard["rows"]}')
-            self.open[name] = found
-            if hasattr(self.open[name], 'groups'): self.open[name].groups = self.groups   # parquet's, shared
-        self.open.move_to_end(name)
-        while len(self.open) > LOAN: self.open.popitem(last=False)
-        return self.open[name]
+# %% ../../nbs/data/22_shards.ipynb #691f5895
+@patch
+def opened(self: ShardRows, shard: dict):
+    "A shard, opened in this process; those not used for long are closed"
+    if self.owner != os.getpid():                                        # a worker opens its own
+        self.open, self.groups, self.owner = OrderedDict(), OrderedDict(), os.getpid()
+    name = shard['file']
+    if name not in self.open:
+        found = OPENS[name.rpartition('.')[2]](inside(self.folder, name))
+        if (n := sum(found.chunks)) != shard.get('rows', n):
+            raise ValueError(f'the shard {name} is damaged: it has {n} rows, not {shard["rows"]}')
+        self.open[name] = found
+        if hasattr(self.open[name], 'groups'): self.open[name].groups = self.groups   # parquet's, shared
+    self.open.move_to_end(name)
+    while len(self.open) > LOAN: self.open.popitem(last=False)
+    return self.open[name]
 
 # %% ../../nbs/data/22_shards.ipynb #8da946b7
 @patch

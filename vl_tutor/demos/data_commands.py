@@ -121,7 +121,7 @@ def world_source(task: str, level: str, split: str, skin: str, size: int, seed: 
     if size < 8: raise ValueError(f'--image-size {size}: at least 8 pixels')
     return make_task(task, level, split, skin=skin, image_size=size, seed=seed, size=count or None)
 
-# %% ../../nbs/demos/67_data_commands.ipynb #4fcddf94
+# %% ../../nbs/demos/67_data_commands.ipynb #82af9cd0
 @data_app.command('pack', help=PACK)
 def pack_data(
     source: Annotated[str, typer.Argument(metavar='DIR|world', help='Folder of a data set, or world.')],
@@ -152,7 +152,8 @@ def pack_data(
         records = read_records(source, name, split, problems)
         how |= dict(root=source, about=f'{name} {split}')
     try:
-        with bar('packing') as tell: index = pack(records, out, progress=lambda n: tell(n, None, split), **how)
+        with bar('packing') as tell:
+            index = pack(records, out, progress=lambda n: tell(n, None, split), **how)
     except Broken as error: fail(str(error), 1)
     broken, first = index['broken'] + problems.count, (problems.first + index['first'])[:100]
     size = sum(s['bytes'] for s in index['shards'])

@@ -107,7 +107,7 @@ def train(
     from vl_tutor.training.checkpoints import read_card
     say(dict(folder=str(home), **read_card(home)), as_json, lambda r: [f'trained {part}: {home}'])
 
-# %% ../../nbs/demos/66_world_commands.ipynb #757fd87b
+# %% ../../nbs/demos/66_world_commands.ipynb #f255dd51
 def evaluate_vlc(
     weights: Path|None,     # a folder; the bundled weights if None
     *,
@@ -117,7 +117,6 @@ def evaluate_vlc(
 ) -> dict:                  # questions, pairs, retrieval, each beside its blind baselines
     "Score a VLC on a world it never saw"
     from vl_tutor.recipes.score_vlc import pair_scores, question_scores, retrieval_scores
-    from vl_tutor.demos.jobs import waiting
     from vl_tutor.training.retrieval import bar
     at_least('--gallery', gallery, 2)
     tool = open_vlc(weights)

@@ -228,7 +228,7 @@ def deepen(
         for p in (*block.attn.to_out.parameters(), *block.mlp.down.parameters()): nn.init.zeros_(p)
     return deeper
 
-# %% ../../nbs/recipes/54_train_vlc.ipynb #824eea51
+# %% ../../nbs/recipes/54_train_vlc.ipynb #39f88c77
 WEIGHTS = dict(mlm=.5, itm=.5, vqa=.25)      # the others count 1
 
 def train_stage(
@@ -248,6 +248,7 @@ def train_stage(
     tokenizer.save(folder)
     return read_card(folder)
 
+# %% ../../nbs/recipes/54_train_vlc.ipynb #d9bc0f05
 def train_vlc(
     folder: str|Path,            # gets a folder per stage, the last one to be used
     *,

@@ -205,7 +205,7 @@ def evaluation_cost(
     n = (config.text_len if words is None else words) + 1 + patches
     return Cost(pictures*texts, round(config.layers*((4*d*d + 2*d*config.hidden)*n + 2*n*n*d)))
 
-# %% ../../nbs/training/38_retrieval.ipynb #39fb76f3
+# %% ../../nbs/training/38_retrieval.ipynb #782d08ae
 @contextmanager
 def bar(
     what: str,      # shown beside it
@@ -214,11 +214,13 @@ def bar(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
     console, rows = Console(stderr=True), {}
-    columns = '{task.description}', BarColumn(), '{task.fields[at]}', TimeElapsedColumn(), TimeRemainingColumn()
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    columns = '{task.description}', BarColumn(), '{task.fields[at]}', *times
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        free = [progress.add_task(what, total=None, at='')]
+        fresh = lambda: progress.add_task(what, total=None, at='')
+        free = [fresh()]
         def tell(done: int, total: int|None=None, name: str=''):
-            if name not in rows: rows[name] = free.pop() if free else progress.add_task(what, total=None, at='')
+            if name not in rows: rows[name] = free.pop() if free else fresh()
             at = f'{done:,.0f}/{"?" if total is None else f"{total:,.0f}"}'
             progress.update(rows[name], description=f'{what} {name}', completed=done, total=total, at=at)
         yield tell
