@@ -404,3 +404,23 @@ def test_meta_device():
     (lambda: attend(*qkv(0)[:1], torch.zeros(2, 2, 5, 3), torch.zeros(2, 2, 5, 3)), 'd=4 but keys have d=3')])
 def test_mistakes_are_named(wrong, words):
     with pytest.raises(ValueError, match=words): wrong()
+
+
+# ---- off, nothing is paid for ----
+
+def kernels(run):
+    "Names of all operations of a call, in order"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen, torch.no_grad(): run()
+    return [event.name for event in seen.events() if event.name.startswith('aten::')]
+
+
+def test_off_runs_the_operations_of_an_attention_that_knows_no_recording():
+    class Unwatched(Attention):
+        def mix(self, q, k, v, keep): return attend(q, k, v, keep, self.causal, self.dropout if self.training else 0.)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Attention(12, 3), Attention(12, 3, causal=True, dropout=.1)), tokens(0, 2, 5, 12)
+    off = kernels(lambda: model(x))
+    with record(model): on = kernels(lambda: model(x))
+    assert off == kernels(lambda: model(x)) != on and sum('scaled_dot_product' in name for name in on) == 0
+    for part in model: part.__class__ = Unwatched
+    assert kernels(lambda: model(x)) == off and sum(name == 'aten::scaled_dot_product_attention' for name in off) == 2

@@ -134,7 +134,7 @@ class Explanation:
         if isinstance(which, int) and 0 <= which < len(self.labels): return which
         raise ValueError(f'no label {which!r}; choose from {", ".join(self.labels)}')
 
-# %% ../../nbs/explain/51_one_call.ipynb #0a564c12
+# %% ../../nbs/explain/51_one_call.ipynb #4f74a5d1
 @patch
 def climb(self: Explanation,
     of: str,              # 'weights' or 'tokens'
@@ -168,6 +168,7 @@ def table(self: Explanation,
 ) -> Tensor:               # `(r n m)` for attention, `(t n m)` for the others
     "One look as one table"
     a = side_by_side(self.weights[k].detach(), self.case.rows, True).float().cpu()
+    if method not in HEADS: raise ValueError(f'one look is read by {", ".join(HEADS)}, not by {method!r}')
     if head is not None and not 0 <= head < a.shape[1]: raise ValueError(f'head {head} of {a.shape[1]}')
     take = slice(None) if head is None else slice(head, head + 1)
     return HEADS[method](a[:, take], None if method == 'attention' else self.slope('weights', k)[:, take])
@@ -212,7 +213,7 @@ def picked(self: Explanation, method: str, kind: str, layer: int|None) -> list[i
         raise ValueError(f'{method} has layers 0 to {len(found) - 1}, not {layer}')
     return [found[layer]]
 
-# %% ../../nbs/explain/51_one_call.ipynb #4fd7141a
+# %% ../../nbs/explain/51_one_call.ipynb #7bae0e23
 @patch
 def flow(self: Explanation,
     method: str='relevance',     # or 'rollout'
@@ -240,9 +241,13 @@ def between(self: Explanation,
     "Tokens of one stream by the tokens of another that they looked at"
     wanted = lambda l: source in l.answers if asks == source else set(l.answers) != {asks}
     own = [k for k, l in enumerate(self.looks) if l.asks == asks and wanted(l)]
+    if not own: raise ValueError(f'no look leads from {asks!r} to {source!r}')
     if layer is not None: own = [own[layer]]
-    chosen = own + [k for k, l in enumerate(self.looks) if l.asks != asks]
+    chosen = own + [k for k, l in enumerate(self.looks) if l.asks != asks and asks != source]
     if method != 'attention': self.climb('weights', chosen)
+    if asks == source:
+        table = lambda k: parts(self.table(method, k, head), self.looks[k], self.layout)[source]
+        return torch.stack([table(k) for k in own]).mean(0)
     tables = [(self.looks[k], self.table(method, k, head if k in own else None)) for k in sorted(chosen)]
     return direct(tables, self.layout, asks, source)
 
