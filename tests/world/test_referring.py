@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torchvision.ops import box_iou
+from vl_tutor.data.boxes import iou
 from vl_tutor.world.dice import mix
 from vl_tutor.world.drawing import COLOURS, KINDS, SIZES, TEXTURES, compose, object_boxes
-from vl_tutor.world.referring import (ATTRIBUTES, ENDS, FAMILIES, MASKS, NOUNS, PART, RELATIONS, ReferringTask, draft, draw_one, express, iou, minimal,
+from vl_tutor.world.referring import (ATTRIBUTES, ENDS, FAMILIES, MASKS, NOUNS, PART, RELATIONS, ReferringTask, draft, draw_one, express, minimal,
                                       noun_phrase, proposals, read_expression, refer_ref, who_fits)
 from vl_tutor.world.scenes import LEVELS, SKINS, SPLITS, World
 from vl_tutor.world.tasks import things

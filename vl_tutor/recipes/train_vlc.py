@@ -118,7 +118,7 @@ def pair_lesson(
         return dict(pair=normalised(found['pair']), ids=ids, mask=mask, label=found['label'])
     return prepare
 
-# %% ../../nbs/recipes/54_train_vlc.ipynb #e37c998c
+# %% ../../nbs/recipes/54_train_vlc.ipynb #cd54c5ee
 def rank_lesson(
     world: World,
     tokenizer: Tokenizer,
@@ -137,7 +137,8 @@ def rank_lesson(
         ids, mask = tokenizer.encode([text for row in rows for text in row])
         same = torch.tensor([[k > 0 and text == row[0] for k, text in enumerate(row)] for row in rows])
         fold = lambda x: x.unflatten(0, (len(rows), choices))
-        return dict(image=normalised(world.draw(scenes)), choice_ids=fold(ids), choice_mask=fold(mask), same=same)
+        image = normalised(world.draw(scenes))
+        return dict(image=image, choice_ids=fold(ids), choice_mask=fold(mask), same=same)
     return prepare
 
 # %% ../../nbs/recipes/54_train_vlc.ipynb #2337f4cd

@@ -6,13 +6,14 @@
 __all__ = ['ATTRIBUTES', 'MASKS', 'PART', 'ENDS', 'LEAD', 'RATIO', 'RELATIONS', 'CLEAR', 'BEYOND', 'FAMILIES', 'NOUNS',
            'who_fits', 'minimal', 'worth_saying', 'draw_one', 'by_attributes', 'leads', 'by_end', 'on_side',
            'by_relation', 'attempt', 'draft', 'noun_phrase', 'express', 'expression_pattern', 'read_expression',
-           'refer_ref', 'iou', 'distractors', 'proposals', 'ReferringTask']
+           'refer_ref', 'distractors', 'proposals', 'ReferringTask']
 
-# %% ../../nbs/world/13_referring.ipynb #9eaffb13
+# %% ../../nbs/world/13_referring.ipynb #80e10f70
 import re
 from functools import lru_cache
 import torch, torch.nn.functional as F
 from torch import Tensor
+from ..data.boxes import iou
 from .dice import bits, mix, uniform
 from .drawing import COLOURS, KINDS, SIZES, TEXTURES, Scenes, object_boxes
 from .language import MEANING, SYNONYMS, world_words
@@ -250,16 +251,6 @@ def refer_ref(
     there = [i for i in mine if sign*(found[i][axis] - marks[0][axis]) > 0]
     other = 'y' if axis == 'x' else 'x'
     return [i for i in there if not strict or ahead(found[i], axis) > ahead(found[i], other)]
-
-# %% ../../nbs/world/13_referring.ipynb #d8d841c2
-def iou(
-    a: Tensor,   # boxes `(… 4)`: left, top, right, bottom
-    b: Tensor,   # boxes that broadcast with them
-) -> Tensor:     # 0 to 1 `(…)`
-    "Intersection over union"
-    side = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
-    both, areas = side.prod(-1), [(x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b)]
-    return both/(areas[0] + areas[1] - both).clamp(min=1e-9)
 
 # %% ../../nbs/world/13_referring.ipynb #c6d1896d
 def distractors(
