@@ -197,3 +197,20 @@ def test_a_shorter_run_cuts_the_slider():
 def test_wrong_use_is_told():
     with pytest.raises(ValueError, match='no runs'): GateViewer({})
     with pytest.raises(ValueError, match='rows of gates'): gate_steps(dict(steps=300, gates=[[0.]]))
+
+
+# ---- films ----
+
+def test_a_film_has_frames_to_choose_from():
+    from test_figures import film
+    viewer = Viewer(film(), method='attention')
+    assert [name for name, _ in viewer.frame.options] == ['all', '0', '1', '2'] and not viewer.frame.disabled
+    pictures = set()
+    for frame in (None, 0, 1, 2):
+        viewer.frame.value = frame
+        assert shown(viewer) == by_hand(viewer, **({} if frame is None else dict(frame=frame)))
+        pictures.add(viewer.words.value)
+    assert len(pictures) == 4
+
+
+def test_a_picture_has_none(said): assert Viewer(said).frame.disabled

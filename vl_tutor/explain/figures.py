@@ -17,8 +17,8 @@ from .attention_maps import parts
 from .one_call import METHODS, TABLE, Explanation
 from ..primitives.notation import PALETTE, to_grid
 
-# %% ../../nbs/explain/52_figures.ipynb #9e656a04
-SCALES = [((0,)*3, (1,)*3), (CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD), (HALF, HALF)]    # mean, deviation
+# %% ../../nbs/explain/52_figures.ipynb #6e3a09a6
+SCALES = [((0,)*3, (1,)*3), (CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD), (HALF, HALF)]
 
 def seen_pixels(
     picture,         # PIL picture, bytes, or the floats that a model read `(3 h w)`
@@ -94,7 +94,7 @@ def title_of(
     "Words in the colour of text, the score of a whole text in black"
     return dict(label=ex.labels[i], fontsize=10, color='k' if i < ex.case.whole else PALETTE['text'])
 
-# %% ../../nbs/explain/52_figures.ipynb #59818b4a
+# %% ../../nbs/explain/52_figures.ipynb #0228bb4f
 def show_explanation(
     ex: Explanation,
     method: str='relevance',   # a key of `METHODS`
@@ -116,9 +116,11 @@ def show_explanation(
     fig, grid = Figure(figsize=(1.4*across, 1.8*rows), dpi=100), maps.shape[1:]
     cells = fig.subplots(rows, across, squeeze=False).ravel()
     for ax in cells: ax.axis('off'); ax.set_anchor('N')
-    cells[0].imshow(seen, extent=(0, grid[1], grid[0], 0)); cells[0].set_title(method.replace('_', ' '), fontsize=8)
+    cells[0].imshow(seen, extent=(0, grid[1], grid[0], 0))
+    cells[0].set_title(method.replace('_', ' '), fontsize=8)
     for ax, i in zip(cells[1:], chosen):
-        lay_map(ax, seen, maps[i], smooth=smooth); ax.set_title(**title_of(ex, i)); size_bar(ax, sizes[i].item())
+        lay_map(ax, seen, maps[i], smooth=smooth); size_bar(ax, sizes[i].item())
+        ax.set_title(**title_of(ex, i))
     for ax in cells[:len(chosen) + 1] if boxes is not None else (): show_boxes(ax, boxes, grid, seen.shape[1])
     fig.tight_layout(pad=.5, h_pad=1.6)
     return fig
@@ -197,7 +199,7 @@ def token_names(
         if 0 <= at < len(names): names[at] = label
     return names
 
-# %% ../../nbs/explain/52_figures.ipynb #1c95103b
+# %% ../../nbs/explain/52_figures.ipynb #e82dc12b
 def show_text(
     ex: Explanation,
     method: str='relevance',   # a key of `METHODS`
@@ -207,7 +209,8 @@ def show_text(
     table, names = ex.reach(method, 'text', **how).detach().clone(), token_names(ex)
     stream = next(iter(ex.case.origins[0]))
     start = next(span.start for at, span in ex.layout.spans('text') if at == stream)
-    for i, origin in enumerate(ex.case.origins) if method in TABLE else (): table[i, origin[stream] - start] = torch.nan
+    own = [origin[stream] - start for origin in ex.case.origins]
+    if method in TABLE: table[range(len(own)), own] = torch.nan
     table = table/table.nan_to_num(0).amax(1, keepdim=True).clamp(min=1e-30)
     fig = Figure(figsize=(.42*len(names) + 1.2, .32*len(ex.labels) + .9), dpi=100)
     ax = fig.subplots()
@@ -240,7 +243,7 @@ def ways(
     words = mine(torch.stack(own).mean(0))[at, text.start:text.stop]
     return (patches/patches.sum().clamp(min=1e-30)).unflatten(1, spans[0].grid), words
 
-# %% ../../nbs/explain/52_figures.ipynb #19d53df5
+# %% ../../nbs/explain/52_figures.ipynb #47a654bd
 ACROSS = dict(latent=1.45, word=2.3)     # x, in picture widths
 
 def draw_ways(
@@ -264,6 +267,7 @@ def draw_ways(
         ax.plot(x, y, 'o', color=PALETTE['latent'], ms=4 + 10*share, zorder=4)
     return total
 
+# %% ../../nbs/explain/52_figures.ipynb #04c4ffc7
 def draw_words(
     ax,                  # matplotlib axes
     names: list[str],    # of the text tokens, from above
@@ -280,7 +284,7 @@ def draw_words(
         ax.plot([x, x + .62], [.5, y], color=PALETTE['text'], lw=12*share, alpha=.6)
         ax.text(x + .65, y, name, color=PALETTE['text'], fontsize=8, va='center')
 
-# %% ../../nbs/explain/52_figures.ipynb #09d0bee1
+# %% ../../nbs/explain/52_figures.ipynb #e1a21e92
 def show_flow(
     ex: Explanation,
     which=0,                   # a label or its number
@@ -297,11 +301,12 @@ def show_flow(
     total = draw_ways(ax, through, most)
     draw_words(ax, token_names(ex), heard, ex.labels[ex.label(which)])
     ax.set(xlim=(-.02, 3.35), ylim=(1.02, -.02)); ax.set_aspect('equal'); ax.axis('off')
-    ax.set_title(f'{method.replace("_", " ")}: the lines from patches carry {total:.0%}', fontsize=8, loc='left')
+    name = method.replace('_', ' ')
+    ax.set_title(f'{name}: the lines from patches carry {total:.0%}', fontsize=8, loc='left')
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../../nbs/explain/52_figures.ipynb #301decfc
+# %% ../../nbs/explain/52_figures.ipynb #b0638980
 def place_name(
     weights: Tensor,     # `(rows cols)`
 ) -> str:                # 'upper left', …, 'centre', …; 'nowhere' if the map is constant
@@ -310,7 +315,8 @@ def place_name(
     row, col = divmod(weights.argmax().item(), weights.shape[1])
     high = ('upper', '', 'lower')[int(3*(row + .5)/weights.shape[0])]
     side = ('left', '', 'right')[int(3*(col + .5)/weights.shape[1])]
-    return f'{high} {side}'.strip() if high and side else {'upper': 'top', 'lower': 'bottom'}.get(high, side) or 'centre'
+    if high and side: return f'{high} {side}'
+    return dict(upper='top', lower='bottom').get(high) or side or 'centre'
 
 def alt_text(
     ex: Explanation,

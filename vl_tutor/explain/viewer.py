@@ -47,7 +47,7 @@ def knobs(
     return dict(layers=0 if flows else len(readers), heads=0 if method == 'gradcam' else heads,
                 looks=len(ex.looks) if flows else 0)
 
-# %% ../../nbs/explain/52_viewer.ipynb #6442a790
+# %% ../../nbs/explain/52_viewer.ipynb #726334d4
 class Viewer:
     "One explanation behind controls: pick a word, method, layer, head, depth, frame; or a patch"
     def __init__(self,
@@ -59,7 +59,8 @@ class Viewer:
         found = usable(ex)
         if not found: raise ValueError('no method has a map for this explanation: it holds no way to a patch')
         self.ex, self.boxes, self.quiet = ex, boxes, False
-        if method not in (None, *found): raise ValueError(f'no map by {method!r}; choose from {", ".join(found)}')
+        if method not in (None, *found):
+            raise ValueError(f'no map by {method!r}; choose from {", ".join(found)}')
         rows, columns = ex.maps(found[0]).shape[1:]
         pick = lambda name, options, **how: widgets.Dropdown(options=options, description=name, **how)
         slide = lambda name, low, high: widgets.IntSlider(low, low, high, description=name)
@@ -68,7 +69,8 @@ class Viewer:
         self.word, self.method = pick('word', names), pick('method', found, value=begin)
         self.layer, self.head = pick('layer', [('all', None)]), pick('head', [('all', None)])
         self.depth = slide('depth', 1, len(ex.looks)); self.depth.value = len(ex.looks)
-        self.frame = pick('frame', [('all', None), *enumerate(range(len(ex.layout.spans('image'))))])
+        frames = [(str(t), t) for t in range(len(ex.layout.spans('image')))]
+        self.frame = pick('frame', [('all', None), *frames])
         self.row, self.column = slide('row', 0, rows - 1), slide('column', 0, columns - 1)
         self.map, self.words = widgets.Image(format='png'), widgets.Image(format='png')
         self.told = widgets.HTML()
@@ -119,7 +121,7 @@ def point(self: Viewer):
     best = self.ex.maps(self.method.value, **self.chosen())[self.word.value]
     with self.still_while(): self.row.value, self.column.value = divmod(best.argmax().item(), best.shape[1])
 
-# %% ../../nbs/explain/52_viewer.ipynb #a2b0ad2d
+# %% ../../nbs/explain/52_viewer.ipynb #72fe6fb6
 @patch
 def draw(self: Viewer):
     "Draw both directions; what cannot be drawn is said"
@@ -130,9 +132,11 @@ def draw(self: Viewer):
         two = show_patch(self.ex, *spot, method=method, **how)
         times = times_even(self.ex, method, **how)[self.word.value][spot].item()
         word = self.ex.labels[self.word.value]
-        said = f'{word}: patch ({spot[0]}, {spot[1]}) gets {times:.1f} times an even share. {alt_text(self.ex, method, **how)}'
+        said = f'{word}: patch {spot} gets {times:.1f} times an even share. '
+        said += alt_text(self.ex, method, **how)
     except ValueError as error: one, two, said = Figure((2.8, 1.8)), Figure((6, 2.6)), str(error)
-    self.map.value, self.words.value, self.told.value = png_bytes(one, dpi=SHARP), png_bytes(two), html.escape(said, quote=False)
+    self.map.value, self.words.value = png_bytes(one, dpi=SHARP), png_bytes(two)
+    self.told.value = html.escape(said, quote=False)
 
 @patch
 def changed(self: Viewer,
@@ -166,7 +170,7 @@ def _ipython_display_(self: Viewer):
     from IPython.display import display
     display(self.panel)
 
-# %% ../../nbs/explain/52_viewer.ipynb #aa45ee49
+# %% ../../nbs/explain/52_viewer.ipynb #7a16d278
 def gate_runs() -> dict[str, dict]:     # name → run
     "The recorded runs that have gates, by arm and seed; `make claims` makes them"
     from vl_tutor.recipes.captioner_claims import read_claims
@@ -177,10 +181,11 @@ def gate_steps(
 ) -> list[int]:      # one for each row of its gates
     "When the gates were read: before the first step, after it, then every 50"
     steps = [0, 1, *range(50, run['steps'] + 1, 50)]
-    if len(steps) != len(run['gates']): raise ValueError(f'{len(run["gates"])} rows of gates for {len(steps)} steps')
+    many = len(run['gates'])
+    if len(steps) != many: raise ValueError(f'{many} rows of gates for {len(steps)} steps')
     return steps
 
-# %% ../../nbs/explain/52_viewer.ipynb #cff23813
+# %% ../../nbs/explain/52_viewer.ipynb #87013290
 def show_gates(
     run: dict,             # of `gate_runs`
     at: int|None=None,     # number of the row to mark; None: the last
@@ -192,7 +197,8 @@ def show_gates(
     left, right = fig.subplots(1, 2, width_ratios=(2, 1))
     inks = [PALETTE['latent'], PALETTE['key']]
     names = [f'{kind} {layer}' for layer in range(len(gates)//2) for kind in ('attention', 'feed-forward')]
-    for k, line in enumerate(gates): left.plot(steps, line, ('-', '--')[k%2], color=inks[k//2%2], label=names[k])
+    for k, line in enumerate(gates):
+        left.plot(steps, line, ('-', '--')[k%2], color=inks[k//2%2], label=names[k])
     left.axvline(steps[at], color='k', lw=.8); left.axhline(0, color=PALETTE['grey'], lw=.5)
     left.set_xlabel('step', fontsize=8); left.set_ylabel('tanh(gate)', fontsize=8); left.legend(fontsize=6)
     right.barh(names, [abs(line[at]) for line in gates], color=[inks[k//2%2] for k in range(len(gates))])
