@@ -1,5 +1,6 @@
 "The answering page through its endpoints and in a real browser; and the page that holds all pages"
 import concurrent.futures as futures
+import html
 import io
 import json
 import re
@@ -7,6 +8,7 @@ import time
 import httpx
 import numpy as np
 import pytest
+import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
@@ -69,6 +71,27 @@ def test_gaps_are_words_of_the_caption(answers):
     assert not belongs('a red ring', 'a red') and not belongs('a blue [MASK]', 'a red ring') and not belongs('x', None)
 
 
+def test_every_map_is_what_explain_finds(answers, vlc):
+    "Filled words: each hidden once; an answer: the one that the desk gives; both read as the tool says that they point best"
+    from vl_tutor.explain.one_call import explain
+    picture, text, _, _ = answers.roll_gaps(4)
+    said = answers.fill(picture, text)
+    read = explain(vlc, picture, said.text, 'words')
+    assert said.words == read.labels and said.text == ' '.join(said.words)
+    assert torch.allclose(said.maps, read.maps(**vlc.pointing('words')), atol=1e-6) and said.maps.shape == (len(said.words), 6, 6)
+    for question in ('is there a ring ?', 'what colour is the leftmost thing ?'):
+        why, best = answers.why(picture, question), next(iter(answers.ask(picture, question)[0]))
+        assert why.words == [best] and best in why.text
+        assert torch.allclose(why.maps, explain(vlc, picture, question, best).maps(**vlc.pointing('answer'))[:1], atol=1e-6)
+
+
+def test_asking_why_leaves_no_trace(answers, vlc):
+    learns, before = [p.requires_grad for p in vlc.model.parameters()], answers.ask(answers.gallery[0], 'is there a ring ?')
+    answers.why(answers.gallery[0], 'is there a ring ?')
+    assert [p.requires_grad for p in vlc.model.parameters()] == learns and all(p.grad is None for p in vlc.model.parameters())
+    assert all(getattr(m, 'recorder', None) is None for m in vlc.model.modules()) and answers.ask(answers.gallery[0], 'is there a ring ?') == before
+
+
 def test_unknown_words_are_named(vlc):
     assert strange(vlc.tokenizer, 'Is there a DOG or a ring?') == ['dog']
     assert strange(vlc.tokenizer, 'is there a ring ?') == []
@@ -88,7 +111,7 @@ def test_small_things():
     (lambda d: d.ask(None, 'is it red ?'), 'no picture yet'), (lambda d: d.ask(d.gallery[0], ''), 'no question yet'), (lambda d: d.ask(d.gallery[0], None), 'no question yet'),
     (lambda d: d.ask(d.gallery[0], 'red '*200), '800 characters'), (lambda d: d.ask(d.gallery[0], 'is it '*40), 'tokens'), (lambda d: d.judge(d.gallery[0], None, 'x'), 'no picture yet'),
     (lambda d: d.judge(d.gallery[0], d.gallery[1], ' '), 'no statement yet'), (lambda d: d.find(''), 'no sentence yet'), (lambda d: d.fill(d.gallery[0], 'a red ring'), 'no gap'),
-    (lambda d: d.fill(None, 'a [MASK]'), 'no picture yet'), (lambda d: d.roll('question', 'sky'), 'sky')], ids=range(11))
+    (lambda d: d.fill(None, 'a [MASK]'), 'no picture yet'), (lambda d: d.why(None, 'is it red ?'), 'no picture yet'), (lambda d: d.why(d.gallery[0], ' '), 'no question yet'), (lambda d: d.roll('question', 'sky'), 'sky')], ids=range(13))
 def test_mistakes_are_one_sentence(answers, ask, words):
     with pytest.raises(ValueError, match=words) as e: ask(answers)
     assert '\n' not in str(e.value)
@@ -104,11 +127,13 @@ def test_roll_and_ask(client, answers):
     path, question, number = client.predict('pair', 5, api_name='/question')
     (image,), text, there, _ = answers.roll('question', 'pair', 5)
     assert (question, number) == (text, 5) and (np.array(Image.open(path)) == np.array(image)).all(), 'the rolled picture reaches the model as it is'
-    seen, blind, note = client.predict(handle_file(path), question, api_name='/ask')
+    seen, blind, note, why = client.predict(handle_file(path), question, api_name='/ask')
     mine = answers.ask(image, text)
     for label, found in zip((seen, blind), mine):
         assert label['label'] == next(iter(found)) and confident(label) == pytest.approx(dict(list(found.items())[:5]), abs=1e-4)
     assert true_answer(text, there) in note
+    best = html.escape(seen['label'])
+    assert f'Why {best}?' in why and why.count('name="vlq-word"') == 2 and re.search(r'class="vlt-word w1"><input [^>]*checked', why), 'its map is what one sees first'
 
 
 def test_judge(client, answers, pictures):
@@ -207,6 +232,12 @@ def test_type_a_question(visit, answers):
     seen, blind = answers.ask(image, 'how many rings are there?')
     best(tab, 'ask-seen', next(iter(seen)))
     best(tab, 'ask-blind', next(iter(blind)))
+    tab.wait_for_function('t => document.querySelector("#ask-view .vlt-text").textContent === t', arg=f'Why {next(iter(seen))}?')
+    tab.mouse.move(1, 1)
+    tab.wait_for_function('getComputedStyle(document.querySelector("#ask-view .vlt-stage .f1")).opacity === "1"')               # its map, unasked
+    tab.locator('#ask-view .vlt-word').first.click()
+    tab.mouse.move(1, 1)
+    tab.wait_for_function('getComputedStyle(document.querySelector("#ask-view .vlt-stage .f1")).opacity === "0"')
     tab.wait_for_function('t => document.querySelector("#ask-note").textContent.includes(t)', arg=true_answer('how many rings are there?', there))
     tab.locator('#question textarea').fill('where is the dog?')
     tab.keyboard.press('Enter')

@@ -65,6 +65,13 @@ def test_the_view_asks_nobody():
     assert {f'--f{k}' for k in (1, 2, 3)} == set(re.findall(r'(--f\d+):', html))
 
 
+@pytest.mark.parametrize('picked', [0, 1, 2])
+def test_one_word_is_picked_when_the_page_opens(picked):
+    html = word_view(told(['a', 'ring']), RED, picked=picked, group='other')
+    chips = re.findall(r'<label class="vlt-word w(\d)"><input type="radio" name="other"( checked)?>', html)
+    assert chips == [(str(k), ' checked'*(k == picked)) for k in range(3)] and 'vlt-word"' not in html.replace('class="vlt-word', '')
+
+
 def test_a_view_without_maps_still_shows_words():
     html = word_view(told(['a', 'ring'], maps=False), RED)
     assert '--f1:' not in html and 'ring' in html

@@ -84,7 +84,7 @@ def check_text(
     if len(text) > 400: raise ValueError(f'the {what} has {len(text)} characters; the page takes 400')
     return text
 
-# %% ../../nbs/demos/61_answer_desk.ipynb #b7b55dd1
+# %% ../../nbs/demos/61_answer_desk.ipynb #c9186b40
 @patch
 def find(self: AnswerDesk,
     text: str,                        # a sentence
@@ -98,20 +98,36 @@ def fill(self: AnswerDesk,
     picture,                # anything `open_image` takes
     text: str,              # with [MASK] where a word is missing
 ) -> SimpleNamespace:       # text, words, maps (as `word_view` wants them); gaps: (place, probability)
-    "Fill the gaps, and match every word with patches"
+    "Fill the gaps, and say where each word comes from"
+    from vl_tutor.explain.one_call import explain
     check_picture(picture)
     filled, = self.tool.fill([picture], [check_text(text, 'sentence')])
-    words, maps = self.tool.word_maps(picture, filled.text)
-    if len(words) > MOST_WORDS: raise ValueError(f'{len(words)} words: the page shows at most {MOST_WORDS}')
+    if (n := len(filled.text.split())) > MOST_WORDS: raise ValueError(f'{n} words: the page shows at most {MOST_WORDS}')
+    read = explain(self.tool, picture, filled.text, 'words')
     holes = [i for i, word in enumerate(split(text)) if word == '<mask>']
     gaps = list(zip(holes, filled.probabilities))
-    return SimpleNamespace(text=filled.text, words=words, maps=maps, gaps=gaps)
+    maps = read.maps(**self.tool.pointing('words'))
+    return SimpleNamespace(text=filled.text, words=read.labels, maps=maps, gaps=gaps)
 
 # %% ../../nbs/demos/61_answer_desk.ipynb #ca2ca505
 def split(text: str) -> list[str]:
     "A sentence as the words that the model reads"
     from vl_tutor.recipes.vlc import tidy
     return tidy(text).split()
+
+# %% ../../nbs/demos/61_answer_desk.ipynb #adb67b21
+@patch
+def why(self: AnswerDesk,
+    picture,              # anything `open_image` takes
+    question: str,
+) -> SimpleNamespace:     # text, words, maps (as `word_view` wants them); the only word is the answer
+    "Where the answer comes from"
+    from vl_tutor.explain.one_call import explain
+    check_picture(picture)
+    read = explain(self.tool, picture, check_text(question, 'question'), 'answer')
+    maps = read.maps(**self.tool.pointing('answer'))[:1]
+    answer = read.labels[0].strip('()')
+    return SimpleNamespace(text=f'Why {answer}?', words=[answer], maps=maps)
 
 # %% ../../nbs/demos/61_answer_desk.ipynb #84ce30bd
 @patch

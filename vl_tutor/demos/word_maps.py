@@ -93,15 +93,18 @@ def as_uri(
     image.save(file, 'WEBP', quality=90)
     return 'data:image/webp;base64,' + base64.b64encode(file.getvalue()).decode()
 
-# %% ../../nbs/demos/59_word_maps.ipynb #f733cde4
+# %% ../../nbs/demos/59_word_maps.ipynb #ef39c90e
 def word_chip(
     k: int,              # number of the word; 0 is the whole picture
     word: str,           # anything at all: it is escaped
     wrong: bool=False,   # underline it
+    *,
+    picked: bool=False,  # when the page opens
+    group: str='vlt-word',   # of buttons, one of which is picked
 ) -> str:                # HTML
     "One word as a button with its own small picture"
     layers = f'var(--f{k},none),var(--pic)' if k else 'var(--pic)'
-    button = f'<input type="radio" name="vlt-word"{"" if k else " checked"}>'
+    button = f'<input type="radio" name="{group}"{" checked" if picked else ""}>'
     return (f'<label class="vlt-word w{k}{" off" if wrong else ""}">{button}'
             f'<i style="background-image:{layers}"></i><span>{html.escape(word)}</span></label>')
 
@@ -127,11 +130,14 @@ def verdict(
     remark = '✓ true, in other words than:' if same else '✗ true caption:'
     return f'<p class="vlt-truth">{remark} {html.escape(truth)}</p>'
 
-# %% ../../nbs/demos/59_word_maps.ipynb #bab64a77
+# %% ../../nbs/demos/59_word_maps.ipynb #17f65b3a
 def word_view(
     caption,                # made with `maps=True`; without maps there is no fog
     image,                  # the picture it captions
     truth: str|None=None,   # the true caption, where it is known
+    *,
+    picked: int=0,          # word that is picked when the page opens; 0: the whole picture
+    group: str='vlt-word',  # another one for every view on a page
 ) -> str:                   # HTML that needs no script
     "The caption as words to hover or pick, each clearing the fog where the model looked"
     said, wrong = caption.words, misplaced(caption.words, truth.split()) if truth else set()
@@ -140,7 +146,8 @@ def word_view(
     styles = ';'.join([f'--pic:url({as_uri(seen_square(image))})', *layers])
     veil = '<i class="f#" style="background-image:var(--f#)"></i>'
     veils = ''.join(veil.replace('#', str(k)) for k, _ in enumerate(said, 1))
-    chips = ''.join(word_chip(k, word, k - 1 in wrong) for k, word in enumerate(['all of it', *said]))
+    chip = lambda k, word: word_chip(k, word, k - 1 in wrong, picked=k == picked, group=group)
+    chips = ''.join(chip(k, word) for k, word in enumerate(['all of it', *said]))
     text = html.escape(caption.text)
     stage = f'<div class="vlt-stage" role="img" aria-label="{text}">{veils}</div>'
     words = f'<div class="vlt-words" role="radiogroup" aria-label="Where the model looked">{chips}</div>'
