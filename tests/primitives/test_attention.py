@@ -1,4 +1,5 @@
 "One attention: its twin, its oracles, and what must hold for any sizes and masks."
+from threading import Barrier, Event, Thread
 import pytest
 import torch
 import torch.nn.functional as F
@@ -334,6 +335,40 @@ def test_recordings_nest():
         model(x)
     assert list(inner) == [''] and len(outer.calls('a')) == 1 and len(outer.calls('b')) == 2
     assert isinstance(outer, Recording)
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+def test_two_threads_record_two_inputs_on_one_model(gradients):
+    "Both are inside before either computes, and the one that came first leaves first"
+    model, inputs, found, meet = Pair().eval(), [tokens(i, 1, 3 + i, 8) for i in range(2)], {}, Barrier(2, timeout=20)
+    left = Event()
+    def watch(i):
+        if i: meet.wait()                                        # the second comes after the first
+        with record(model, gradients) as rec:
+            if not i: meet.wait()
+            meet.wait()
+            for _ in range(20): model(inputs[i])
+            if i:
+                assert left.wait(20)
+                model(inputs[i])                                 # the first has gone, the second still records
+        found[i] = rec
+        if not i: left.set()
+    threads = [Thread(target=watch, args=(i,)) for i in range(2)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert all(part.recorder is None for part in (model.a, model.b))
+    for i, x in enumerate(inputs):
+        with record(model) as alone: model(x)
+        for path in 'ab':
+            assert len(found[i].calls(path)) == 20 + i
+            for w in found[i].calls(path): assert torch.equal(w, alone[path])
+
+
+def test_who_does_not_record_is_not_recorded():
+    model, x = Pair().eval(), tokens(0, 1, 3, 8)
+    with record(model) as rec:
+        t = Thread(target=model, args=(x,)); t.start(); t.join()
+    assert not len(rec)
 
 
 # ---- noise and precision ----
