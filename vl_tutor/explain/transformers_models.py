@@ -6,10 +6,11 @@
 __all__ = ['MODELS', 'record_dropouts', 'record_interface', 'in_reading_order', 'class_of', 'Input', 'pixels_for', 'patch_grid',
            'named', 'ids_for', 'seen_spans', 'own_looks', 'bert_looks', 'vilt_layout', 'vilt_logits', 'vilt_case',
            'hidden_case', 'chosen_answer', 'whole_case', 'clip_scores', 'clip_case', 'blip_layout', 'said_log_probs',
-           'own_words', 'blip_case', 'transformers_case']
+           'begun', 'own_words', 'blip_sees', 'judged_case', 'spoken_case', 'described_case', 'answered_case',
+           'transformers_case']
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #86f82f3b
-from collections.abc import Collection
+# %% ../../nbs/explain/51_transformers_models.ipynb #cd4d3882
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 import torch
@@ -120,7 +121,7 @@ class Input:
         "Where the words are"
         return torch.arange(1, self.ids.shape[1] - 1)
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #055f3306
+# %% ../../nbs/explain/51_transformers_models.ipynb #8e9e5a11
 def pixels_for(
     model: nn.Module,
     image,              # PIL picture, path, or uint8 `(3 h w)` with a processor; floats `(3 h w)` are taken as they are
@@ -138,6 +139,7 @@ def pixels_for(
     first = next(model.parameters())
     return pixels.to(first.device, first.dtype)
 
+# %% ../../nbs/explain/51_transformers_models.ipynb #1f478f4c
 def patch_grid(
     model: nn.Module,
     pixels: Tensor,              # `(1 3 h w)`
@@ -151,7 +153,7 @@ def patch_grid(
         raise ValueError(f'this model reads {c.image_size}×{c.image_size} pixels, not {h}×{w}')
     return grid
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #6a3cd7bc
+# %% ../../nbs/explain/51_transformers_models.ipynb #e7e716d3
 def named(
     ids: Tensor,     # `(n)`
     processor=None,
@@ -160,6 +162,7 @@ def named(
     if processor is None: return [str(i) for i in ids.tolist()]
     return [w.removesuffix('</w>') for w in processor.tokenizer.convert_ids_to_tokens(ids.tolist())]
 
+# %% ../../nbs/explain/51_transformers_models.ipynb #889bb7b5
 def ids_for(
     model: nn.Module,
     text: str|Tensor,   # words with a processor; or ids `(n)` or `(1 n)` with a marker at each end
@@ -174,7 +177,7 @@ def ids_for(
     if n > limit: raise ValueError(f'the text has {n} tokens, but the model reads at most {limit}')
     return ids.to(next(model.parameters()).device)
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #9746a073
+# %% ../../nbs/explain/51_transformers_models.ipynb #1d04a765
 def seen_spans(
     grid: tuple[int, int],
     start: int=0,
@@ -183,6 +186,7 @@ def seen_spans(
     rows, cols = grid
     return [Span('cls', start, start + 1), Span('image', start + 1, start + 1 + rows*cols, grid=grid)]
 
+# %% ../../nbs/explain/51_transformers_models.ipynb #314ec47a
 def own_looks(
     model: nn.Module,
     path: str,      # of the layers
@@ -194,6 +198,7 @@ def own_looks(
     layers = range(len(model.get_submodule(path)))
     return [Look(f'{path}.{i}.{inner}', stream, (stream,), f'{path}.{i}.{norm}', call=0) for i in layers]
 
+# %% ../../nbs/explain/51_transformers_models.ipynb #536aa013
 def bert_looks(
     model: nn.Module,
     path: str,      # of a BLIP text model
@@ -211,7 +216,7 @@ def bert_looks(
                   Look(at + 'crossattention.self', asks, (answers,), at + 'attention.output.LayerNorm')]
     return found
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #f5562ede
+# %% ../../nbs/explain/51_transformers_models.ipynb #f23ff48f
 def vilt_layout(
     model: nn.Module,
     words: int,                # tokens of the text, markers included
@@ -221,6 +226,7 @@ def vilt_layout(
     looks = own_looks(model, 'vilt.encoder.layer', 'joint', 'attention.attention', 'layernorm_before')
     return Layout(dict(joint=[Span('text', 0, words), *seen_spans(grid, words)]), looks)
 
+# %% ../../nbs/explain/51_transformers_models.ipynb #88e4853b
 def vilt_logits(
     x: Input,
     ids: Tensor,     # `(r n)`
@@ -230,6 +236,7 @@ def vilt_logits(
     with in_reading_order(x.model):
         return x.model(input_ids=ids, pixel_values=pixels, pixel_mask=torch.ones_like(pixels[:, 0])).logits
 
+# %% ../../nbs/explain/51_transformers_models.ipynb #c1c9bfb6
 def vilt_case(
     x: Input,
     target: str,              # 'match', 'words', 'answer', or an answer to defend
@@ -241,7 +248,7 @@ def vilt_case(
     best, name = chosen_answer(x, target) if target != 'match' else (0, target)
     return whole_case(x, layout, lambda: vilt_logits(x, x.ids)[:, best], name, [dict(joint=0), *origins])
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #0983cdfd
+# %% ../../nbs/explain/51_transformers_models.ipynb #192415f5
 def hidden_case(x: Input, layout: Layout, origins: list[dict[str, int]], mask_id: int|None) -> Case:
     "Log-probability of each word where a mask stands in its place; one row of the batch each"
     if mask_id is None: mask_id = getattr(getattr(x.processor, 'tokenizer', None), 'mask_token_id', None)
@@ -253,6 +260,7 @@ def hidden_case(x: Input, layout: Layout, origins: list[dict[str, int]], mask_id
     return Case(x.model, layout, run, x.words, origins, rows.tolist(), len(rows),
         picture=x.pixels[0], record=record_dropouts)
 
+# %% ../../nbs/explain/51_transformers_models.ipynb #6d932ce1
 def chosen_answer(x: Input, target: str) -> tuple[int, str]:
     "Number and name of the likeliest answer, or of the one that is asked for"
     names = {i: str(n) for i, n in x.model.config.id2label.items()}
@@ -263,12 +271,13 @@ def chosen_answer(x: Input, target: str) -> tuple[int, str]:
         if name == target: return i, name
     raise ValueError(f"no answer {target!r} among the model's {len(names)}; 'answer' takes the likeliest")
 
-def whole_case(x: Input, layout: Layout, run, name: str, origins: list[dict[str, int]]) -> Case:
+# %% ../../nbs/explain/51_transformers_models.ipynb #570be62d
+def whole_case(x: Input, layout: Layout, run: Callable, name: str, origins: list[dict[str, int]]) -> Case:
     "One score for the text as a whole"
     return Case(x.model, layout, run, [f'({name})', *x.words], origins, [0]*len(origins), whole=1,
         picture=x.pixels[0], record=record_dropouts)
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #63d96a29
+# %% ../../nbs/explain/51_transformers_models.ipynb #7779032a
 def clip_scores(
     x: Input,
 ) -> Tensor:     # `(1 + w)`
@@ -282,6 +291,7 @@ def clip_scores(
         less = unit(x.model.get_text_features(input_ids=x.ids.expand(len(keep), -1), attention_mask=keep))
     return x.model.logit_scale.exp()*torch.cat([said, said - less]) @ seen
 
+# %% ../../nbs/explain/51_transformers_models.ipynb #871bc3e8
 def clip_case(
     x: Input,
     target: str,     # 'match' or 'words'
@@ -298,7 +308,7 @@ def clip_case(
     return Case(x.model, layout, lambda: clip_scores(x)[first:], labels, [dict(image=0, text=end)]*len(labels),
         list(range(len(labels))), whole=1 - first, picture=x.pixels[0], record=record_interface)
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #42eb7333
+# %% ../../nbs/explain/51_transformers_models.ipynb #ab766a8b
 def blip_layout(
     x: Input,
     words: int,          # tokens of the text
@@ -313,6 +323,7 @@ def blip_layout(
         looks += bert_looks(x.model, 'text_decoder.bert', 'answer', 'text')
     return Layout(streams, looks)
 
+# %% ../../nbs/explain/51_transformers_models.ipynb #8674de32
 def said_log_probs(
     decoder: nn.Module,     # BLIP's text decoder
     ids: Tensor,            # a beginning, then words `(1 n)`
@@ -322,6 +333,13 @@ def said_log_probs(
     logits = decoder(input_ids=ids[:, :-1], encoder_hidden_states=context, use_cache=False).logits
     return logits[0].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
 
+# %% ../../nbs/explain/51_transformers_models.ipynb #6a23aecb
+def begun(x: Input, ids: Tensor) -> Tensor:
+    "Words without their markers, behind the token that BLIP's decoder begins with `(1 n-1)`"
+    start = torch.full_like(ids[:, :1], x.model.config.text_config.bos_token_id)
+    return torch.cat([start, ids[:, 1:-1]], 1)
+
+# %% ../../nbs/explain/51_transformers_models.ipynb #927a017e
 def own_words(
     x: Input,
 ) -> Tensor:       # `(1 n)`, a beginning and words
@@ -332,35 +350,47 @@ def own_words(
         said = x.model.generate(pixel_values=x.pixels, max_new_tokens=most, do_sample=False, num_beams=1, **asked)[0]
     words = [i for i in said[1:].tolist() if i not in (c.sep_token_id, c.pad_token_id, c.eos_token_id)]
     if not words: raise ValueError('the model has nothing to say about this picture')
-    return torch.tensor([[c.bos_token_id, *words]], device=said.device)
+    return said.new_tensor([[c.bos_token_id, *words]])
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #ea64c8fe
-def blip_case(
-    x: Input,
-    target: str|Tensor,     # 'match', 'words', 'answer', or an answer to defend
-) -> Case:
-    "A BLIP that judges, one that describes, or one that answers"
-    see = lambda: x.model.vision_model(pixel_values=x.pixels).last_hidden_state
-    if class_of(x.model) == 'BlipForImageTextRetrieval':
-        run = lambda: x.model(input_ids=x.ids, pixel_values=x.pixels).itm_score[:, 1]
-        layout, origins = blip_layout(x, x.ids.shape[1], 'text_encoder'), [0, *x.at.tolist()]
-        return whole_case(x, layout, run, 'match', [dict(text=i) for i in origins])
-    start = torch.tensor([[x.model.config.text_config.bos_token_id]], device=x.pixels.device)
-    if class_of(x.model) == 'BlipForConditionalGeneration':
-        said = own_words(x) if x.ids is None else torch.cat([start, x.ids[:, 1:-1]], 1)
-        layout, stream = blip_layout(x, said.shape[1] - 1, 'text_decoder.bert'), 'text'
-        run = lambda: said_log_probs(x.model.text_decoder, said, see())
-    else:
-        said = own_words(x) if target is None or target == 'answer' else torch.cat(
-            [start, ids_for(x.model, target, x.processor)[:, 1:-1]], 1)
-        layout, stream = blip_layout(x, x.ids.shape[1], 'text_encoder', said.shape[1] - 1), 'answer'
-        read = lambda: x.model.text_encoder(input_ids=x.ids, encoder_hidden_states=see()).last_hidden_state
-        run = lambda: said_log_probs(x.model.text_decoder, said, read())
+# %% ../../nbs/explain/51_transformers_models.ipynb #e40ccde8
+def blip_sees(x: Input) -> Tensor:
+    "What the picture tower hands on `(1 1+p d)`"
+    return x.model.vision_model(pixel_values=x.pixels).last_hidden_state
+
+# %% ../../nbs/explain/51_transformers_models.ipynb #2a56b9d6
+def judged_case(x: Input) -> Case:
+    "BLIP's judge: one score, read at the first token"
+    run = lambda: x.model(input_ids=x.ids, pixel_values=x.pixels).itm_score[:, 1]
+    origins = [dict(text=i) for i in (0, *x.at.tolist())]
+    return whole_case(x, blip_layout(x, x.ids.shape[1], 'text_encoder'), run, 'match', origins)
+
+# %% ../../nbs/explain/51_transformers_models.ipynb #17a7e093
+def spoken_case(x: Input, said: Tensor, layout: Layout, run: Callable, stream: str) -> Case:
+    "One score for each word of `said (1 n)` after its beginning, read where the word before stands"
     t = said.shape[1] - 1
     return Case(x.model, layout, run, named(said[0, 1:], x.processor), [{stream: i} for i in range(t)],
         list(range(t)), picture=x.pixels[0], record=record_dropouts)
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #fc7232a1
+# %% ../../nbs/explain/51_transformers_models.ipynb #76374330
+def described_case(x: Input) -> Case:
+    "BLIP's describer: each word after those before it, the model's own words if none are given"
+    said = own_words(x) if x.ids is None else begun(x, x.ids)
+    run = lambda: said_log_probs(x.model.text_decoder, said, blip_sees(x))
+    return spoken_case(x, said, blip_layout(x, said.shape[1] - 1, 'text_decoder.bert'), run, 'text')
+
+# %% ../../nbs/explain/51_transformers_models.ipynb #d14f09e6
+def answered_case(
+    x: Input,
+    target: str|Tensor,     # 'answer' for the model's own, or an answer to defend, as `ids_for` takes it
+) -> Case:
+    "BLIP's answerer: the question looks at the picture, the answer looks at the question"
+    own = isinstance(target, str) and target == 'answer'
+    said = own_words(x) if own else begun(x, ids_for(x.model, target, x.processor))
+    layout = blip_layout(x, x.ids.shape[1], 'text_encoder', said.shape[1] - 1)
+    read = lambda: x.model.text_encoder(input_ids=x.ids, encoder_hidden_states=blip_sees(x)).last_hidden_state
+    return spoken_case(x, said, layout, lambda: said_log_probs(x.model.text_decoder, said, read()), 'answer')
+
+# %% ../../nbs/explain/51_transformers_models.ipynb #90e137df
 def transformers_case(
     model: nn.Module,              # one of `MODELS`
     image,                         # see `pixels_for`
@@ -373,7 +403,7 @@ def transformers_case(
     "One picture and one text in front of a CLIP, ViLT or BLIP of transformers, ready to be explained"
     name = class_of(model)
     target = MODELS[name][0] if target is None else target
-    if 'answer' not in MODELS[name] and target not in MODELS[name]:
+    if 'answer' not in MODELS[name] and not (isinstance(target, str) and target in MODELS[name]):
         raise ValueError(f'{name} explains {" or ".join(map(repr, MODELS[name]))}, not {target!r}')
     if text is None and name != 'BlipForConditionalGeneration':
         raise ValueError(f'{name} needs a text to explain')
@@ -381,5 +411,7 @@ def transformers_case(
     ids = None if text is None else ids_for(model, text, processor)
     words = [] if text is None else named(ids[0, 1:-1], processor)
     x = Input(model, pixels, patch_grid(model, pixels), ids, words, processor)
-    if name == 'CLIPModel': return clip_case(x, target)
-    return vilt_case(x, target, mask_id) if hasattr(model, 'vilt') else blip_case(x, target)
+    if hasattr(model, 'vilt'): return vilt_case(x, target, mask_id)
+    if name == 'BlipForImageTextRetrieval': return judged_case(x)
+    if name == 'BlipForConditionalGeneration': return described_case(x)
+    return clip_case(x, target) if name == 'CLIPModel' else answered_case(x, target)
