@@ -24,7 +24,7 @@ def parts(
         raise ValueError(f'{look.path}: {table.shape[-1]} keys, but {sizes} tokens answer')
     return dict(zip(sizes, table.split(list(sizes.values()), -1), strict=True))
 
-# %% ../../nbs/explain/50_attention_maps.ipynb #4cf91a2e
+# %% ../../nbs/explain/50_attention_maps.ipynb #fd7cdf6d
 def through(
     tables: list[tuple[Look, Tensor]],   # each look with its table `(t n m)`
     layout: Layout,
@@ -50,17 +50,18 @@ def direct(
     source: str,                         # stream whose columns are wanted
 ) -> Tensor:                             # `(t n m)`
     "One table and nothing else; where a stream reads the source through another one, the product of the two"
-    if (found := through(tables, layout, asks, source)) is None: raise ValueError(f'no look leads from {asks!r} to {source!r}')
+    found = through(tables, layout, asks, source)
+    if found is None: raise ValueError(f'no look leads from {asks!r} to {source!r}')
     return found
 
-# %% ../../nbs/explain/50_attention_maps.ipynb #0d439e81
-Flow = dict[str, dict[str, Tensor]]    # stream → origin → how much of each origin token is in each token `(t n m)`
+# %% ../../nbs/explain/50_attention_maps.ipynb #21887723
+Flow = dict[str, dict[str, Tensor]]    # stream → origin → share of each origin token in each token `(t n m)`
 
 def rollout_ref(
     tables: list[tuple[Look, Tensor]],   # each look with one table `(n m)`
     layout: Layout,
-    gates: list[float]|None=None,        # how much of what each look fetches is added; 1 where there is no gate
-) -> dict[tuple[str, int], dict[tuple[str, int], float]]:   # token → token of the beginning → share
+    gates: list[float]|None=None,        # how much of what each look fetches is added; None: all of it
+) -> dict:                               # token (stream, place) → token of the beginning → share
     "Token by token: half itself, half what it looked at (Abnar and Zuidema 2020, eq. 1)"
     made = {(s, i): {(s, i): 1.} for s in layout.streams for i in range(layout.length(s))}
     before = made
@@ -68,31 +69,32 @@ def rollout_ref(
         before = before if look.together else dict(made)
         keys = [(s, j) for s in look.answers for j in range(layout.length(s))]
         for i, row in enumerate(table.tolist()):
-            mix = {origin: share/(1 + gate) for origin, share in made[look.asks, i].items()}
+            mix = {origin: old/(1 + gate) for origin, old in made[look.asks, i].items()}
             for key, weight in zip(keys, row, strict=True):
-                for origin, share in before[key].items(): mix[origin] = mix.get(origin, 0) + gate*weight*share/(1 + gate)
+                for origin, part in before[key].items():
+                    mix[origin] = mix.get(origin, 0) + gate*weight*part/(1 + gate)
             made[look.asks, i] = mix
     return made
 
-# %% ../../nbs/explain/50_attention_maps.ipynb #db688f94
+# %% ../../nbs/explain/50_attention_maps.ipynb #51d9ab20
 def fresh_flow(
     layout: Layout,
     like: Tensor|None=None,   # a table `(t n m)`: so many flows, of this type, on this device; None: one
 ) -> Flow:
     "Before anybody has looked every token is made of itself"
     like = torch.ones(1, 1, 1) if like is None else like
-    alone = lambda s: torch.eye(layout.length(s), dtype=like.dtype, device=like.device).expand(len(like), -1, -1)
-    return {s: {s: alone(s)} for s in layout.streams if layout.length(s)}
+    alone = lambda n: torch.eye(n, dtype=like.dtype, device=like.device).expand(len(like), -1, -1)
+    return {s: {s: alone(layout.length(s))} for s in layout.streams if layout.length(s)}
 
 def as_seen(flow: Flow) -> Flow:
     "What there is to be seen at this moment, whatever is written later"
     return {stream: dict(made) for stream, made in flow.items()}
 
-# %% ../../nbs/explain/50_attention_maps.ipynb #8438e1de
+# %% ../../nbs/explain/50_attention_maps.ipynb #553c43e3
 def rollout(
     tables: list[tuple[Look, Tensor]],   # each look with its attention, heads averaged `(t n m)`
     layout: Layout,
-    gates: list[float]|None=None,        # how much of what each look fetches is added; 1 where there is no gate
+    gates: list[float]|None=None,        # how much of what each look fetches is added; None: all of it
 ) -> Flow:
     "Half of each token stays itself, half is what it looked at, look by look (Abnar and Zuidema 2020, eq. 1)"
     flow = seen = fresh_flow(layout, tables[0][1])
@@ -105,14 +107,15 @@ def rollout(
             mine[origin] = (mine.get(origin, 0) + gate*fetched.get(origin, 0))/(1 + gate)
     return flow
 
-# %% ../../nbs/explain/50_attention_maps.ipynb #75296b08
+# %% ../../nbs/explain/50_attention_maps.ipynb #897a26a0
 def product_ref(
     a: Tensor,      # `(n k)`
     b: Tensor,      # `(k m)`
 ) -> Tensor:        # `(n m)`
     "Rows times columns, number by number"
     rows, columns = a.tolist(), list(zip(*b.tolist()))
-    return torch.tensor([[sum(x*y for x, y in zip(row, column)) for column in columns] for row in rows], dtype=a.dtype)
+    dot = lambda row, column: sum(x*y for x, y in zip(row, column))
+    return torch.tensor([[dot(row, column) for column in columns] for row in rows], dtype=a.dtype)
 
 def encoder_relevance_ref(
     tables: list[Tensor],   # layer by layer, mean over heads of (gradient × attention)⁺ `(n n)`
@@ -131,20 +134,20 @@ def evened(
     gathered = flow - one
     return gathered/gathered.sum(-1, keepdim=True).clamp(min=torch.finfo(flow.dtype).tiny) + one
 
-# %% ../../nbs/explain/50_attention_maps.ipynb #7ec63ecd
+# %% ../../nbs/explain/50_attention_maps.ipynb #f88dd404
 def encoder_decoder_relevance_ref(
     encoder: list[Tensor],                   # layer by layer `(m m)`
-    decoder: list[tuple[Tensor, Tensor]],    # of each layer the words' own table `(n n)` and the cross one `(n m)`
+    decoder: list[tuple[Tensor, Tensor]],    # of each layer the words' own table `(n n)`, the cross one `(n m)`
 ) -> tuple[Tensor, Tensor]:                  # words by words `(n n)`, words by encoder tokens `(n m)`
     "A decoder that reads a finished encoder (Chefer et al. 2021, eq. 6, 7 and 10)"
-    image = encoder_relevance_ref(encoder)
-    words, across = torch.eye(len(decoder[0][0]), dtype=image.dtype), torch.zeros_like(decoder[0][1])
+    image, across = encoder_relevance_ref(encoder), torch.zeros_like(decoder[0][1])
+    words = torch.eye(len(across), dtype=image.dtype)
     for own, cross in decoder:
         words, across = words + product_ref(own, words), across + product_ref(own, across)
         across = across + product_ref(product_ref(evened(words).T, cross), evened(image))
     return words, across
 
-# %% ../../nbs/explain/50_attention_maps.ipynb #75f995fb
+# %% ../../nbs/explain/50_attention_maps.ipynb #4955e9c2
 def co_attention_relevance_ref(
     layers: list[tuple[Tensor, Tensor, Tensor, Tensor]],   # each: a at a, b at b, a at b, b at a
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:                # a in a, b in b, b in a, a in b
@@ -152,27 +155,29 @@ def co_attention_relevance_ref(
     aa, bb = (torch.eye(len(own), dtype=own.dtype) for own in layers[0][:2])
     ab, ba = torch.zeros_like(layers[0][2]), torch.zeros_like(layers[0][3])
     for a, b, at_b, at_a in layers:
-        aa, ab, bb, ba = (old + product_ref(own, old) for own, old in ((a, aa), (a, ab), (b, bb), (b, ba)))
+        aa, ab = (old + product_ref(a, old) for old in (aa, ab))
+        bb, ba = (old + product_ref(b, old) for old in (bb, ba))
         more_ab = product_ref(product_ref(evened(aa).T, at_b), evened(bb))
         more_ba = product_ref(product_ref(evened(bb).T, at_a), evened(aa))
         aa, bb = aa + product_ref(at_b, ba), bb + product_ref(at_a, ab)
         ab, ba = ab + more_ab, ba + more_ba
     return aa, bb, ab, ba
 
-# %% ../../nbs/explain/50_attention_maps.ipynb #eba1db1d
+# %% ../../nbs/explain/50_attention_maps.ipynb #08e4bcac
 def relevance(
-    tables: list[tuple[Look, Tensor]],   # each look with the mean over heads of (gradient × attention)⁺ `(t n m)`
+    tables: list[tuple[Look, Tensor]],   # each look, mean over heads of (gradient × attention)⁺ `(t n m)`
     layout: Layout,
 ) -> Flow:
     "Gather relevance through self-, cross- and joint attention (Chefer et al. 2021, eq. 5 to 11)"
     flow = seen = fresh_flow(layout, tables[0][1].double())
     for look, table in tables:
         seen = seen if look.together else as_seen(flow)
-        fetched, alike = {}, look.asks in look.answers
+        mine, fetched, joint = seen[look.asks], {}, look.asks in look.answers
         for stream, part in parts(table.double(), look, layout).items():
             for origin, made in seen[stream].items():
-                if alike or origin == look.asks: new = part @ made                              # eq. 6, 7 and 11
-                else: new = evened(seen[look.asks][look.asks]).mT @ part @ (evened(made) if origin == stream else made)
-                fetched[origin] = fetched.get(origin, 0) + new                                  # eq. 10 above
-        for origin, new in fetched.items(): flow[look.asks][origin] = flow[look.asks].get(origin, 0) + new
-    return {s: {origin: made.to(tables[0][1].dtype) for origin, made in flow[s].items()} for s in flow}
+                if joint or origin == look.asks: new = part @ made                 # eq. 6, 7 and 11
+                else: new = evened(mine[look.asks]).mT @ part @ (evened(made) if origin == stream else made)
+                fetched[origin] = fetched.get(origin, 0) + new                     # eq. 10 above
+        for origin, new in fetched.items():
+            flow[look.asks][origin] = flow[look.asks].get(origin, 0) + new
+    return {s: {o: made.to(tables[0][1].dtype) for o, made in flow[s].items()} for s in flow}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from torch import Tensor, nn
 
-# %% ../../nbs/primitives/08_layout.ipynb #f4758a4b
+# %% ../../nbs/primitives/08_layout.ipynb #8398491f
 @dataclass(frozen=True)
 class Span:
     "A run of tokens of one kind in a stream; `grid` says how a picture was cut"
@@ -21,7 +21,8 @@ class Span:
     frame: int|None = None              # which frame the tokens come from
 
     def __post_init__(self):
-        if not 0 <= self.start <= self.stop: raise ValueError(f'{self.name!r} from {self.start} to {self.stop}')
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f'{self.name!r} from {self.start} to {self.stop}')
         if self.grid and self.grid[0]*self.grid[1] != self.stop - self.start:
             raise ValueError(f'{self.name!r}: {self.grid} patches in {self.stop - self.start} tokens')
 
