@@ -227,7 +227,7 @@ class PerThread:
         if listener is not None: self.listeners[thread] = listener
         return before
 
-# %% ../../nbs/primitives/01_attention.ipynb #24db1331
+# %% ../../nbs/primitives/01_attention.ipynb #2cf52a1d
 DOOR = Lock()    # one thread at a time comes or goes; none waits while a model runs
 
 @contextmanager
@@ -236,7 +236,7 @@ def record(
     gradients: bool=False,   # keep the graph, so that `backward` leaves gradients of the weights
     only: Collection[str]|None=None,   # module paths to record; None: all of them
     *,
-    retain: bool=True,       # with gradients: `backward` fills `.grad`; False: ask `torch.autograd.grad` yourself
+    retain: bool=True,       # with gradients: `backward` fills `.grad`; False: `torch.autograd.grad` must ask
 ):
     "Record the attention weights of every `Attention` inside a model; costs nothing when off"
     recording, mine, before = Recording(gradients, retain), get_ident(), {}
