@@ -54,8 +54,8 @@ def direct(
     if found is None: raise ValueError(f'no look leads from {asks!r} to {source!r}')
     return found
 
-# %% ../../nbs/explain/50_attention_maps.ipynb #21887723
-Flow = dict[str, dict[str, Tensor]]    # stream → origin → share of each origin token in each token `(t n m)`
+# %% ../../nbs/explain/50_attention_maps.ipynb #3882533e
+Flow = dict[str, dict[str, Tensor]]    # stream → origin → share of each origin token in each token (t n m)
 
 def rollout_ref(
     tables: list[tuple[Look, Tensor]],   # each look with one table `(n m)`
@@ -134,10 +134,10 @@ def evened(
     gathered = flow - one
     return gathered/gathered.sum(-1, keepdim=True).clamp(min=torch.finfo(flow.dtype).tiny) + one
 
-# %% ../../nbs/explain/50_attention_maps.ipynb #f88dd404
+# %% ../../nbs/explain/50_attention_maps.ipynb #dd98b791
 def encoder_decoder_relevance_ref(
     encoder: list[Tensor],                   # layer by layer `(m m)`
-    decoder: list[tuple[Tensor, Tensor]],    # of each layer the words' own table `(n n)`, the cross one `(n m)`
+    decoder: list[tuple[Tensor, Tensor]],    # of each layer its own table `(n n)` and the cross one `(n m)`
 ) -> tuple[Tensor, Tensor]:                  # words by words `(n n)`, words by encoder tokens `(n m)`
     "A decoder that reads a finished encoder (Chefer et al. 2021, eq. 6, 7 and 10)"
     image, across = encoder_relevance_ref(encoder), torch.zeros_like(decoder[0][1])
