@@ -255,6 +255,18 @@ def test_nothing_is_left_behind(name):
     assert state_of(model) == before
 
 
+@pytest.mark.parametrize('name', ALL)
+def test_callers_in_inference_mode_and_half_precision(name):
+    model = build(name).eval()
+    want = explain(model, PIXELS, IDS, **asked(name))
+    with torch.inference_mode():
+        found = explain(model, PIXELS.clone(), IDS.clone(), **asked(name))
+        for method in METHODS: same(found.maps(method), want.maps(method), 1e-6)
+    half = explain(model.bfloat16(), PIXELS, IDS, **asked(name))
+    assert half.weights[0].dtype == torch.bfloat16 and half.maps('relevance').isfinite().all()
+    same(half.maps('attention'), want.maps('attention'), .03)
+
+
 @pytest.mark.parametrize('kind', ['eager', 'sdpa'])
 def test_each_tower_gets_its_own_kernel_back(kind):
     model = build('CLIPModel').eval()
@@ -317,6 +329,7 @@ def test_refusals(saved):
     with expect_fail('needs a text'): explain(clip, PIXELS, None)
     with expect_fail('a text needs processor='): explain(clip, PIXELS, 'a star')
     with expect_fail('a picture needs processor='): explain(clip, Image.new('RGB', (12, 12)), IDS)
+    with expect_fail('a picture needs processor='): explain(clip, Image.new('RGB', (12, 12)), 'a star', processor=tokenizer_for())     # a tokeniser is none
     with expect_fail('12×12 pixels, not 16×12'): explain(clip, torch.randn(3, 16, 12), IDS)
     with expect_fail('12×12 pixels, not 8×12'): explain(caption, torch.randn(3, 8, 12), IDS)
     with expect_fail('one picture is (3 h w)'): explain(clip, torch.randn(2, 3, 12, 12), IDS)
