@@ -344,6 +344,22 @@ def test_padding_changes_no_map_of_vlc(seen, method):
     if method in ('rollout', 'relevance'): assert (b.reach(method, 'text')[:, n:] == 0).all()          # nothing comes from padding
 
 
+@pytest.mark.parametrize('method', ['rollout', 'relevance', 'attention', 'gradcam'])
+def test_padding_changes_no_map_of_the_captioner(seen, method):
+    captioner, _, pictures, said = seen
+    case, words = captioner.case(pictures[0], said[0]), said[0].split()
+    video, rows = captioner.video([pictures[0]]), captioner.tokenizer.encode([said[0]])[0]
+    ids, at = rows[:, :len(words) + 1], torch.arange(1, len(words) + 1)
+    def padded(extra):
+        wide = torch.nn.functional.pad(ids, (0, extra), value=captioner.tokenizer.pad_id)
+        mask = torch.arange(wide.shape[1])[None] < ids.shape[1]
+        run = lambda: captioner.model(video, wide, mask=mask)[0].log_softmax(-1)[at, ids[0, at]]
+        return explain(Case(captioner.model, captioner.model.layout(words=wide.shape[1]), run, case.labels, case.origins, case.scores))
+    a, b, want = explain(case), padded(3), explain(case).maps(method)
+    close(b.scores, a.scores, atol=1e-5)
+    close(b.maps(method), want, atol=1e-4*want.max().item(), rtol=1e-3)
+
+
 def test_latents_leave_attention_no_freedom_and_patches_do(seen):
     "Other rows with the same mixture need more keys than the values have dimensions"
     captioner, vlc, pictures, said = seen
