@@ -141,6 +141,12 @@ def test_true_boxes_are_where_they_are(said):
         assert box.min(0).tolist() == [1, 2] and box.max(0).tolist() == [3, 6]
 
 
+def test_boxes_of_a_wide_picture(said):
+    fig = show_explanation(said, words=[0], boxes=[[24, 6, 48, 12]], picture=Image.new('RGB', (96, 24)))
+    box = fig.axes[1].lines[-1].get_xydata()
+    assert box.min(0).tolist() == [1.5, 1.5] and box.max(0).tolist() == [3, 3]
+
+
 def test_another_picture_may_be_drawn(said):
     red = Image.new('RGB', (96, 96), (255, 0, 0))
     fig = show_explanation(said, words=[0], picture=red)

@@ -64,7 +64,7 @@ def framed(
     path = ([left, right, right, left, left], [top, top, bottom, bottom, top])
     for colour, thick in (('k', 2*width), ('w', width)): ax.plot(*path, color=colour, lw=thick, clip_on=False)
 
-# %% ../../nbs/explain/52_figures.ipynb #0d480f43
+# %% ../../nbs/explain/52_figures.ipynb #5b3a92b3
 def size_bar(
     ax,              # matplotlib axes with a picture
     share: float,    # 0 to 1
@@ -77,12 +77,12 @@ def size_bar(
 
 def show_boxes(
     ax,                        # matplotlib axes on which a picture of this grid lies
-    boxes,                     # `(o 4)`: left, top, right, bottom, 0 to `side`
+    boxes,                     # `(o 4)`: left, top, right, bottom, in pixels
     grid: tuple[int, int],     # rows and columns of patches
-    side: int,                 # of the picture, in the units of the boxes
+    size: tuple[int, int],     # height and width of the picture, in pixels
 ):
     "Where things really are: dashed frames"
-    x, y = grid[1]/side, grid[0]/side
+    y, x = grid[0]/size[0], grid[1]/size[1]
     for left, top, right, bottom in torch.as_tensor(boxes).tolist():
         ax.plot([left*x, right*x, right*x, left*x, left*x], [top*y, top*y, bottom*y, bottom*y, top*y],
                 color='w', lw=1, ls=(0, (2, 2)))
@@ -94,7 +94,7 @@ def title_of(
     "Words in the colour of text, the score of a whole text in black"
     return dict(label=ex.labels[i], fontsize=10, color='k' if i < ex.case.whole else PALETTE['text'])
 
-# %% ../../nbs/explain/52_figures.ipynb #0228bb4f
+# %% ../../nbs/explain/52_figures.ipynb #fd167c30
 def show_explanation(
     ex: Explanation,
     method: str='relevance',   # a key of `METHODS`
@@ -121,11 +121,11 @@ def show_explanation(
     for ax, i in zip(cells[1:], chosen):
         lay_map(ax, seen, maps[i], smooth=smooth); size_bar(ax, sizes[i].item())
         ax.set_title(**title_of(ex, i))
-    for ax in cells[:len(chosen) + 1] if boxes is not None else (): show_boxes(ax, boxes, grid, seen.shape[1])
+    for ax in cells[:len(chosen) + 1] if boxes is not None else (): show_boxes(ax, boxes, grid, seen.shape[:2])
     fig.tight_layout(pad=.5, h_pad=1.6)
     return fig
 
-# %% ../../nbs/explain/52_figures.ipynb #31e59d19
+# %% ../../nbs/explain/52_figures.ipynb #69361c02
 def show_methods(
     ex: Explanation,
     *words,                 # labels or their numbers, a row each; none: the first label
@@ -145,7 +145,7 @@ def show_methods(
             ax.axis('off')
             if maps is None: ax.text(.5, .5, 'no such map', ha='center', fontsize=8); continue
             lay_map(ax, seen, maps[i], smooth=smooth)
-            if boxes is not None: show_boxes(ax, boxes, maps.shape[1:], seen.shape[1])
+            if boxes is not None: show_boxes(ax, boxes, maps.shape[1:], seen.shape[:2])
     for i, ax in zip(rows, axes[:, 0]):
         ax.text(-.06, .5, ex.labels[i], rotation=90, transform=ax.transAxes, ha='right', va='center',
                 fontsize=10, color=title_of(ex, i)['color'])
