@@ -37,7 +37,7 @@ def at_rest(
         for part in [part for part in modes if part.training != modes[part]]: part.training = modes[part]
         for p in [p for p in learning if p.requires_grad != learning[p]]: p.requires_grad_(learning[p])
 
-# %% ../../nbs/explain/51_one_call.ipynb #28fedd27
+# %% ../../nbs/explain/51_one_call.ipynb #5416968b
 @contextmanager
 def record_tokens(
     model: nn.Module,
@@ -52,11 +52,11 @@ def record_tokens(
         return output
     with ExitStack() as hooks:
         for path in paths:
-            hook = model.get_submodule(path).register_forward_hook(lambda _, __, out, path=path: keep(path, out))
-            hooks.callback(hook.remove)
+            part, kept = model.get_submodule(path), partial(keep, path)
+            hooks.callback(part.register_forward_hook(lambda _, __, out, kept=kept: kept(out)).remove)
         yield seen
 
-# %% ../../nbs/explain/51_one_call.ipynb #f0f56af3
+# %% ../../nbs/explain/51_one_call.ipynb #e3c78cf3
 def gradients_ref(
     scores: Tensor,           # `(t)`
     inputs: list[Tensor],     # each with any shape
@@ -72,7 +72,8 @@ def gradients(
     "All of them at once: the backward pass is mapped over the scores"
     if len(scores) == 1: return gradients_ref(scores, inputs)
     one = torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
-    found = torch.autograd.grad(scores, inputs, one, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    how = dict(is_grads_batched=True, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(scores, inputs, one, **how)
     return [x.new_zeros(len(scores), *x.shape) if g is None else g for g, x in zip(found, inputs)]
 
 # %% ../../nbs/explain/51_one_call.ipynb #2a13a2b9
@@ -88,10 +89,10 @@ def side_by_side(
     one = torch.eye(x.shape[-3], dtype=x.dtype, device=x.device)
     return rearrange(einsum(x, one, '... f n m, f g -> ... f n g m'), '... f n g m -> ... (f n) (g m)')
 
-# %% ../../nbs/explain/51_one_call.ipynb #34bcdbcc
+# %% ../../nbs/explain/51_one_call.ipynb #e945e811
 METHODS = dict(
     attention='where it looked: recorded attention, heads averaged',
-    rollout='attention followed through all layers, half of each token staying itself (Abnar and Zuidema 2020)',
+    rollout='attention through all layers, half of each token staying itself (Abnar and Zuidema 2020)',
     gradient='attention × gradient, heads averaged, where positive',
     attention_gradcam='attention × positive gradient, heads averaged (ALBEF and SIMLA)',
     gradcam='patches × their mean gradient (Selvaraju et al. 2017)',
@@ -251,7 +252,7 @@ def between(self: Explanation,
     tables = [(self.looks[k], self.table(method, k, head if k in own else None)) for k in sorted(chosen)]
     return direct(tables, self.layout, asks, source)
 
-# %% ../../nbs/explain/51_one_call.ipynb #69f276e9
+# %% ../../nbs/explain/51_one_call.ipynb #012776a0
 @patch
 def reach(self: Explanation,
     method: str='relevance',    # a key of `METHODS`
@@ -281,6 +282,7 @@ def reach(self: Explanation,
         table = torch.stack([t if own else t.sum(1, keepdim=True) for t in found]).mean(0)[..., columns]
     return self.read(table, asks, method)
 
+# %% ../../nbs/explain/51_one_call.ipynb #9f9d3dac
 @patch
 def read(self: Explanation,
     table: Tensor,     # `(t n m)`; one row only where rows mean nothing
@@ -308,7 +310,7 @@ def maps(self: Explanation,
     frames = found.unflatten(1, (len(spans), *spans[0].grid))                       # (labels f r c)
     return frames.sum(1) if frame is None else frames[:, frame]
 
-# %% ../../nbs/explain/51_one_call.ipynb #499a134c
+# %% ../../nbs/explain/51_one_call.ipynb #8f5a49b6
 def case_of(
     model,             # see `explain`
     image, text, target,
@@ -321,8 +323,8 @@ def case_of(
         from vl_tutor.explain.transformers_models import transformers_case
         return transformers_case(model, image, text, target, **more)
     if hasattr(model, 'layout') and callable(target): return bare_case(model, image, text, target, **more)
-    raise ValueError(f'{type(model).__name__} has no case() of its own: give a tool, or a model with a layout '
-                     'together with target=function(model, image, text) that returns scores')
+    raise ValueError(f'{type(model).__name__} has no case() of its own: give a tool, or a model with a '
+                     'layout together with target=function(model, image, text) that returns scores')
 
 def bare_case(
     model: nn.Module,      # with a `layout(words, frames)`
@@ -334,8 +336,8 @@ def bare_case(
     labels: list[str]|None=None,               # a name for each score
 ) -> Case:
     "Any model that says what its streams are made of"
-    frames = image.shape[1] if image.ndim == 5 else 1
-    layout = model.layout(words=text.shape[1], frames=frames) if frames > 1 else model.layout(words=text.shape[1])
+    frames = dict(frames=image.shape[1]) if image.ndim == 5 and image.shape[1] > 1 else {}
+    layout = model.layout(words=text.shape[1], **frames)
     (stream, span), *_ = layout.spans('text')
     if labels is None:
         with torch.no_grad(): labels = [f'score {i}' for i in range(len(target(model, image, text)))]
@@ -363,12 +365,12 @@ def watched(
     return Explanation(case, scores, looks, [seen.calls(l.path)[l.call] for l in looks],
         [tokens[l.norm][l.call] if l.norm else None for l in looks], [gate(l) for l in looks])
 
-# %% ../../nbs/explain/51_one_call.ipynb #19e54d7d
+# %% ../../nbs/explain/51_one_call.ipynb #c4e5ca40
 def explain(
-    model,                    # a tool, a model with a layout, a `Case`, or a CLIP, ViLT or BLIP of transformers
+    model,                    # a tool, a model with a layout, a `Case`, or transformers' CLIP, ViLT or BLIP
     image=None,               # what the model reads: a picture, or pixels for a bare model
     text=None,                # what is said or asked of it
-    target=None,              # what to explain: each tool's `case` names its own; or a function, see `bare_case`
+    target=None,              # what to explain: see each tool's `case`; or a function, see `bare_case`
     *,
     looks: Collection[int]|None=None,   # which looks of the layout to record; None: all
     **more,                   # for the model's `case`
