@@ -107,7 +107,7 @@ def centre_map(
     at = [torch.linspace(-1, 1, k).square() for k in grid]
     return (-(at[0][:, None] + at[1])).exp().expand(n, -1, -1)
 
-# %% ../../nbs/explain/53_scoring.ipynb #2896536c
+# %% ../../nbs/explain/53_scoring.ipynb #e88c8b92
 def covered(
     picture: Tensor,       # uint8 `(3 s s)`
     maps: Tensor,          # one for each label `(l rows columns)`
@@ -117,15 +117,16 @@ def covered(
 ) -> Tensor:               # uint8 `(l steps+1 3 s s)`: from nothing covered to all, or back
     "One picture for each label and step, its map's highest patches covered or uncovered first"
     (labels, rows, columns), side = maps.shape, picture.shape[-1]
-    if side % rows or side % columns: raise ValueError(f'{rows}×{columns} patches do not divide {side} pixels')
-    rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1)             # (l p), 0 the highest
-    upto = torch.arange(steps + 1)*rows*columns/steps                                      # patches done at a step
+    if side % rows or side % columns:
+        raise ValueError(f'{rows}×{columns} patches do not divide {side} pixels')
+    rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1)   # (l p), 0 is highest
+    upto = torch.arange(steps + 1)*rows*columns/steps                            # patches done at each step
     done = (rank[:, None] < upto[:, None]).unflatten(2, (rows, columns))                   # (l k r c)
     done = done.repeat_interleave(side//rows, 2).repeat_interleave(side//columns, 3)[:, :, None]
     wall = picture.flatten(1).median(1).values[:, None, None]
     return torch.where(done ^ insert, wall, picture)
 
-# %% ../../nbs/explain/53_scoring.ipynb #4f0a0474
+# %% ../../nbs/explain/53_scoring.ipynb #a72689f5
 def chances_ref(
     tool,                  # with a `case`
     text: str,             # what is said or asked
@@ -134,7 +135,8 @@ def chances_ref(
     "Probability of a word in front of each picture, one case at a time"
     @torch.no_grad()
     def chance(pictures, labels):
-        return torch.stack([tool.case(p, text, target).run()[k].exp() for p, k in zip(pictures, labels.tolist())])
+        asked = zip(pictures, labels.tolist())
+        return torch.stack([tool.case(p, text, target).run()[k].exp() for p, k in asked])
     return chance
 
 # %% ../../nbs/explain/53_scoring.ipynb #7ab9c2bc
@@ -212,7 +214,7 @@ def randomised(
             p.copy_(p.flatten()[torch.randperm(p.numel(), generator=dice)].view_as(p))
     return replace(tool, model=model)
 
-# %% ../../nbs/explain/53_scoring.ipynb #784f7f2d
+# %% ../../nbs/explain/53_scoring.ipynb #4620c5a7
 def ranks(
     x: Tensor,     # `(… p)`
 ) -> Tensor:       # `(… p)`, from 0; ties share the mean of their places
@@ -225,6 +227,7 @@ def rank_correlation(
     b: Tensor,     # as many
 ) -> Tensor:       # `(…)`, −1 to 1; 0 where a map is constant
     "Spearman's correlation of two maps"
-    if a.shape != b.shape: raise ValueError(f'maps of {tuple(a.shape)} and of {tuple(b.shape)} do not compare')
+    if a.shape != b.shape:
+        raise ValueError(f'maps of {tuple(a.shape)} and of {tuple(b.shape)} do not compare')
     a, b = (r - r.mean(-1, keepdim=True) for r in map(ranks, (a.flatten(-2), b.flatten(-2))))
     return (a*b).sum(-1)/(a.norm(dim=-1)*b.norm(dim=-1)).clamp(min=1e-9)

@@ -8,7 +8,7 @@ __all__ = ['STANDINGS', 'RECORDED_STANDINGS', 'SYSTEMS', 'NEVER', 'SURVEY', 'MOR
            'chance_of', 'all_maps', 'score_picture', 'blind_captioner', 'Entrant', 'tools_of', 'mean_and_error',
            'run_entrant', 'record_standings']
 
-# %% ../../nbs/explain/53_standings.ipynb #6f91604e
+# %% ../../nbs/explain/53_standings.ipynb #1db86dc9
 import copy, json, time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,9 +17,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 from .one_call import METHODS, Explanation, explain
-from .scoring import (area_under, centre_map, coverage, deletion, insertion, joint_chances, map_iou,
-                                      pointing_game, random_map, randomised, rank_correlation, told_boxes, word_chances,
-                                      word_objects)
+from .scoring import (area_under, centre_map, coverage, deletion, insertion, joint_chances,
+                                      map_iou, pointing_game, random_map, randomised, rank_correlation,
+                                      told_boxes, word_chances, word_objects)
 from ..models.captioner import Captioner
 from ..recipes.captioner import CaptionTool, captioned, captioning_by_ear, load_captioner
 from ..recipes.vlc import load_vlc
@@ -42,10 +42,10 @@ def read_standings(
     if not Path(path).is_file(): raise ValueError(f'{path}: no standings; `record_standings` makes them')
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
-# %% ../../nbs/explain/53_standings.ipynb #2d768c69
+# %% ../../nbs/explain/53_standings.ipynb #6e7bca74
 @dataclass
 class Asked:
-    "A picture, a text, and the box that each word should point at"
+    "A picture, a text, and the boxes to point at"
     picture: Tensor    # uint8 `(3 s s)`
     text: str          # a caption or a question
     boxes: Tensor      # of two objects, in the order that `word_objects` counts `(2 4)`
@@ -106,19 +106,20 @@ def pointing_rows(
     told = [-1]*ex.case.whole + word_objects(ex.labels[ex.case.whole:])
     return tuple(torch.tensor(x) for x in zip(*[(i, k) for i, k in enumerate(told) if k >= 0]))
 
-# %% ../../nbs/explain/53_standings.ipynb #fec844b5
+# %% ../../nbs/explain/53_standings.ipynb #70fbc5fd
 def ways(
     ex: Explanation,
     method: str,
 ) -> list[dict]:     # options of `ex.maps`
     "Every layer and their mean; for rollout and relevance, every depth that reaches the picture"
     if method in ('rollout', 'relevance'):
-        deep = lambda k: ex.layout.stream_of('image') in ex.flow(method, depth=k)[ex.origin(ex.layout.stream_of('image'))]
+        source = ex.layout.stream_of('image')
+        deep = lambda k: source in ex.flow(method, depth=k)[ex.origin(source)]
         return [dict(depth=k) for k in range(1, len(ex.looks) + 1) if deep(k)]
     layers = [dict(layer=k) for k in range(len(ex.readers(method)))]
     return layers + [{}]*(method != 'gradcam' and len(layers) > 1)
 
-# %% ../../nbs/explain/53_standings.ipynb #cc220794
+# %% ../../nbs/explain/53_standings.ipynb #8ff452db
 def pointing_scores_of(
     maps: Tensor,       # `(l rows columns)`
     whose: Tensor,      # object of each `(l)`
@@ -129,11 +130,12 @@ def pointing_scores_of(
                   iou=map_iou(maps, boxes[whose]))
     return {name: x.mean().item() for name, x in scores.items()}
 
+# %% ../../nbs/explain/53_standings.ipynb #854b1d06
 def choose_ways(
     tool,
     target: str|None,       # of the system
     asked: list[Asked],     # of the valid split
-) -> tuple[dict[str, dict], dict[str, list]]:   # method → the way with the largest margin; all ways with own and other
+) -> tuple[dict[str, dict], dict[str, list]]:   # method → the best way; all ways, with own and other
     "The best layer or depth of each method"
     seen = {}
     for a in asked:
@@ -147,7 +149,7 @@ def choose_ways(
     margin = lambda row: (round(row[1] - row[2], 6), row[1])
     return {m: max(rows, key=margin)[0] for m, rows in mean.items()}, mean
 
-# %% ../../nbs/explain/53_standings.ipynb #b874e431
+# %% ../../nbs/explain/53_standings.ipynb #3f439321
 def chance_of(
     tool,
     ex: Explanation,
@@ -158,6 +160,7 @@ def chance_of(
     if target is None: return word_chances(tool, text)
     return joint_chances(tool, text, ex.labels[0][1:-1] if target == 'answer' else target)
 
+# %% ../../nbs/explain/53_standings.ipynb #cdb821ba
 def all_maps(
     ex: Explanation,
     chosen: dict[str, dict],    # method → options
@@ -168,8 +171,10 @@ def all_maps(
     "The maps of all methods, and beside them noise, the middle, and the truth"
     maps = {method: ex.maps(method, **chosen[method])[rows] for method in METHODS}
     n, grid = len(rows), maps['attention'].shape[1:]
-    return dict(maps, noise=random_map(n, grid, seed), centre=centre_map(n, grid), truth=coverage(boxes, grid))
+    blind = dict(noise=random_map(n, grid, seed), centre=centre_map(n, grid))
+    return dict(**maps, **blind, truth=coverage(boxes, grid))
 
+# %% ../../nbs/explain/53_standings.ipynb #d0a65671
 def score_picture(
     tool, other,                # the system, and the one its maps are compared with
     a: Asked,
@@ -185,7 +190,8 @@ def score_picture(
     scores = {m: pointing_scores_of(x, whose, a.boxes) for m, x in maps.items()}
     if not costly: return scores
     same = explain(other, a.picture, a.text, ex.labels[0][1:-1] if target == 'answer' else target)
-    after, chance = all_maps(same, chosen, rows, a.boxes[whose], seed + 10**6), chance_of(tool, ex, a.text, target)
+    after = all_maps(same, chosen, rows, a.boxes[whose], seed + 10**6)
+    chance = chance_of(tool, ex, a.text, target)
     for m, x in maps.items():
         for name, cover in (('deletion', deletion), ('insertion', insertion)):
             scores[m][name] = area_under(cover(chance, a.picture, x, rows, steps=9)).mean().item()
@@ -215,7 +221,7 @@ def blind_captioner(
         opt.step(); opt.zero_grad(set_to_none=True)
     return replace(tool, model=model.eval())
 
-# %% ../../nbs/explain/53_standings.ipynb #075cd17e
+# %% ../../nbs/explain/53_standings.ipynb #d1f65b8f
 @dataclass(frozen=True)
 class Entrant:
     "A system with one kind of weights, and how often it is asked"
@@ -242,9 +248,10 @@ def mean_and_error(
 ) -> tuple[float, float, int]:      # mean, its standard error, how many
     "What a table needs to know of many numbers"
     x = torch.tensor(values, dtype=torch.float64)
-    return round(x.mean().item(), 4), round(x.std().item()/len(x)**.5, 4), len(x)
+    error = x.std().item()/len(x)**.5 if len(x) > 1 else 0.
+    return round(x.mean().item(), 4), round(error, 4), len(x)
 
-# %% ../../nbs/explain/53_standings.ipynb #250a6ab3
+# %% ../../nbs/explain/53_standings.ipynb #9b78c475
 def run_entrant(
     entrant: Entrant,
     chosen: dict[str, dict]|None=None,   # method → options; None: chosen on the valid split
@@ -258,15 +265,16 @@ def run_entrant(
         for method, row in score_picture(tool, other, a, target, chosen, i, i < entrant.costly).items():
             for name, x in row.items(): scores.setdefault(method, {}).setdefault(name, []).append(x)
     means = {m: {name: mean_and_error(x) for name, x in row.items()} for m, row in scores.items()}
-    found = {m: [(way, round(own, 4), round(other, 4)) for way, own, other in rows] for m, rows in found.items()}
+    found = {m: [(w, round(own, 4), round(other, 4)) for w, own, other in x] for m, x in found.items()}
     seconds = round(time.process_time() - started, 1)
     return dict(**asdict(entrant), seconds=seconds, chosen=chosen, choices=found, scores=means)
 
-# %% ../../nbs/explain/53_standings.ipynb #daf8ae77
+# %% ../../nbs/explain/53_standings.ipynb #24eae6fd
 SURVEY = Entrant('answer', valid=4, test=6, costly=2, seed=9)     # small: the tests make it again
 MORE = dict(valid=160, test=400, costly=200)                      # one answer a picture, not six words
 ENTRANTS = [SURVEY, *(Entrant(s) for s in ('captioner', 'words', 'match')), Entrant('answer', **MORE),
-            Entrant('captioner', 'blind'), *(Entrant(s, 'shuffled', costly=20) for s in ('captioner', 'words', 'match')),
+            Entrant('captioner', 'blind'),
+            *(Entrant(s, 'shuffled', costly=20) for s in ('captioner', 'words', 'match')),
             Entrant('answer', 'shuffled', **{**MORE, 'costly': 100})]
 
 def record_standings(
@@ -277,7 +285,8 @@ def record_standings(
     path, key = Path(path), lambda d: tuple(d[k] for k in Entrant.__dataclass_fields__)
     done = read_standings(path) if path.exists() else []
     have = {key(d) for d in done}
-    for entrant in track([e for e in entrants or ENTRANTS if key(asdict(e)) not in have], description='standings'):
+    missing = [e for e in entrants or ENTRANTS if key(asdict(e)) not in have]
+    for entrant in track(missing, description='standings'):
         same = (entrant.system, 'trained', entrant.seed)
         trained = [d for d in done if (d['system'], d['weights'], d['seed']) == same]
         if entrant.weights != 'trained' and not trained:
