@@ -6,8 +6,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from vl_tutor.data.transforms import normalised
-from vl_tutor.explain.figures import (SCALES, alt_text, seen_pixels, lay_map, place_name, show_explanation, show_flow, show_methods,
-                                      show_patch, show_text, times_even, token_names, ways)
+from vl_tutor.explain.figures import (SCALES, alt_text, carried, seen_pixels, lay_map, place_name, show_explanation, show_flow, show_methods,
+                                      show_patch, show_text, times_even, token_names)
 from vl_tutor.explain.one_call import METHODS, explain
 from vl_tutor.models.backbones import GPTConfig, ViTConfig
 from vl_tutor.models.bridge import CrossConfig, ResamplerConfig
@@ -200,6 +200,30 @@ def test_tokens_have_the_names_of_the_words(said, hidden, match):
     assert token_names(said) == ['·', *words] and token_names(hidden) == token_names(match) == ['·', *words, '·']
 
 
+def clip():
+    "A small CLIP of transformers: every word is read at the end of the text"
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = CLIPTextConfig(**sizes, vocab_size=64, max_position_embeddings=16, bos_token_id=0, eos_token_id=63, pad_token_id=1)
+    eye = CLIPVisionConfig(**sizes, image_size=24, patch_size=8)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=eye.to_dict(), projection_dim=8)).eval()
+    return explain(model, torch.randn(1, 3, 24, 24), torch.tensor([[0, 5, 6, 7, 63]]), 'match')
+
+
+def test_clip_of_transformers_is_drawn_as_well():
+    ex = clip()
+    assert token_names(ex) == ['·', '5', '6', '7', '·']
+    assert carried(ex, 0)[0].shape == (1, 3, 3) and len(carried(ex, 0)[1]) == 5
+    for fig in (show_explanation(ex), show_text(ex), show_flow(ex), show_patch(ex, 0, 2), show_methods(ex, 0)): assert png(fig).std() > 5
+
+
+def test_scores_that_are_no_words_name_no_token():
+    ex = film()
+    ex.case.labels = ['score 0', 'score 1', 'score 2']
+    assert token_names(ex) == ['·']*4
+
+
 def test_names_of_a_film(): assert token_names(film()) == ['·', 'x', 'y', 'z']
 
 
@@ -218,16 +242,16 @@ def test_text_table_rows_end_at_one_and_own_places_are_left_out(said, hidden):
 @pytest.mark.parametrize('method', ['attention', 'gradient', 'attention_gradcam'])
 def test_ways_add_up_to_the_map(said, hidden, method):
     for ex in (said, hidden):
-        through, heard = ways(ex, 9, method)
+        through, heard = carried(ex, 9, method)
         assert abs(through.sum().item() - 1) < 1e-5 and (through >= 0).all() and len(heard) == len(token_names(ex))
     if method == 'attention':
         want = said.maps('attention')[9]
-        assert torch.allclose(ways(said, 9)[0].sum(0), (want/want.sum()).float(), atol=1e-6)
+        assert torch.allclose(carried(said, 9)[0].sum(0), (want/want.sum()).float(), atol=1e-6)
 
 
 def test_ways_of_a_film_are_summed_over_frames():
     ex = film()
-    through, heard = ways(ex, 'z')
+    through, heard = carried(ex, 'z')
     want = ex.maps('attention')[2]
     assert through.shape == (4, 2, 2) and torch.allclose(through.sum(0), want/want.sum(), atol=1e-6)
     assert heard[-1] == 0 and heard[0] > 0                                     # the last word is not read to write it
@@ -238,7 +262,7 @@ def widths(fig, kind): return [l.get_linewidth() for l in fig.axes[0].lines if l
 
 def test_lines_are_as_wide_as_the_flow(said):
     fig = show_flow(said, 'circle', most=10)
-    through = ways(said, 'circle')[0]
+    through = carried(said, 'circle')[0]
     want = through.flatten().sort(descending=True).values[:10]
     assert np.allclose(sorted(widths(fig, 'image'), reverse=True), 18*want.numpy(), atol=1e-4)
     assert np.allclose(sorted(w for w in widths(fig, 'latent')), sorted(18*through.sum((1, 2)).numpy()), atol=1e-4)

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'FOGGED', 'ACROSS', 'seen_pixels', 'lay_map', 'framed', 'size_bar', 'show_boxes', 'title_of',
-           'show_explanation', 'show_methods', 'times_even', 'show_patch', 'token_names', 'show_text', 'ways',
+           'show_explanation', 'show_methods', 'times_even', 'show_patch', 'token_names', 'show_text', 'carried',
            'draw_ways', 'draw_words', 'show_flow', 'place_name', 'alt_text']
 
-# %% ../../nbs/explain/52_figures.ipynb #7a001e5b
+# %% ../../nbs/explain/52_figures.ipynb #5c9b6a70
 import numpy as np, torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from ..data.images import CLIP_MEAN, CLIP_STD
 from ..data.transforms import HALF, IMAGENET_MEAN, IMAGENET_STD
-from .attention_maps import parts
 from .one_call import METHODS, TABLE, Explanation
 from ..primitives.notation import PALETTE, to_grid
 
@@ -185,21 +184,22 @@ def show_patch(
     fig.tight_layout(pad=.5)
     return fig
 
-# %% ../../nbs/explain/52_figures.ipynb #cd6974a9
+# %% ../../nbs/explain/52_figures.ipynb #7eab42e9
 def token_names(
     ex: Explanation,
 ) -> list[str]:      # one for each text token; marks have none
     "The words of the text by place: hidden words are read where they stand, next words one place before"
-    stream = next(iter(ex.case.origins[0]))
-    (_, span), *_ = [s for s in ex.layout.spans('text') if s[0] == stream]
-    ahead = int(ex.case.rows == 1 and not ex.case.whole)
-    names = ['·']*(span.stop - span.start)
-    for label, origin in list(zip(ex.labels, ex.case.origins))[ex.case.whole:]:
-        at = origin[stream] - span.start + ahead
-        if 0 <= at < len(names): names[at] = label
-    return names
+    stream, first = ex.layout.stream_of('text'), ex.case.whole
+    span = next(s for at, s in ex.layout.spans('text') if at == stream)
+    places = [origin.get(stream, -1) for origin in ex.case.origins[first:]]
+    next_word = ex.case.rows == 1 and not first
+    if len(set(places)) == len(places): places = [p - span.start + next_word for p in places]
+    else: places = range(1, len(places) + 1)                     # all read at one end, as in CLIP: in order
+    names = dict(zip(places, ex.labels[first:]))
+    if all(name.startswith('score ') for name in names.values()): names = {}      # scores without words
+    return [names.get(i, '·') for i in range(span.stop - span.start)]
 
-# %% ../../nbs/explain/52_figures.ipynb #e82dc12b
+# %% ../../nbs/explain/52_figures.ipynb #b9b5bd8b
 def show_text(
     ex: Explanation,
     method: str='relevance',   # a key of `METHODS`
@@ -207,10 +207,10 @@ def show_text(
 ) -> Figure:
     "Which words of the text each label owes to; grey where it is read, since a token counts itself by rule"
     table, names = ex.reach(method, 'text', **how).detach().clone(), token_names(ex)
-    stream = next(iter(ex.case.origins[0]))
+    stream = ex.layout.stream_of('text')
     start = next(span.start for at, span in ex.layout.spans('text') if at == stream)
-    own = [origin[stream] - start for origin in ex.case.origins]
-    if method in TABLE: table[range(len(own)), own] = torch.nan
+    own = [(i, o[stream] - start) for i, o in enumerate(ex.case.origins) if stream in o and method in TABLE]
+    for i, j in own: table[i, j] = torch.nan
     table = table/table.nan_to_num(0).amax(1, keepdim=True).clamp(min=1e-30)
     fig = Figure(figsize=(.42*len(names) + 1.2, .32*len(ex.labels) + .9), dpi=100)
     ax = fig.subplots()
@@ -220,28 +220,24 @@ def show_text(
     fig.tight_layout(pad=.5)
     return fig
 
-# %% ../../nbs/explain/52_figures.ipynb #4d09e8ad
-def ways(
+# %% ../../nbs/explain/52_figures.ipynb #17381c09
+def carried(
     ex: Explanation,
     which,                     # a label or its number
     method: str='attention',   # 'attention', 'gradient' or 'attention_gradcam'
     **how,                     # layer, head: of the looks that the word itself takes
 ) -> tuple[Tensor, Tensor]:    # patches by latents `(m rows cols)`, summing to 1; text tokens `(n)`
-    "What a word gets from each patch through each latent, and from each word; without latents `m` is 1"
-    i = ex.label(which)
-    asks, at = next(iter(ex.case.origins[i].items()))
+    "What a word gets from each patch through each latent, and from each text token; without latents `m` is 1"
+    i, spans = ex.label(which), [s for _, s in ex.layout.spans('image')]
     def mine(table): return table[min(ex.case.scores[i], len(table) - 1)].detach()
-    spans = [s for _, s in ex.layout.spans('image')]
     if 'latents' in ex.layout.streams and ex.layout.length('latents'):
+        asks, at = next(iter(ex.case.origins[i].items()))
         read = mine(ex.between(method, asks, 'latents', **how))[at]                           # (m)
         seen = mine(ex.between(method, 'latents', ex.layout.stream_of('image')))              # (m all)
         patches = read[:, None]*sum(seen[:, s.start:s.stop] for s in spans)                   # (m p)
     else: patches = ex.maps(method, **how)[i].detach().flatten()[None]                        # (1 p)
-    text = next(s for stream, s in ex.layout.spans('text') if stream == asks)
-    own = [parts(ex.table(method, k), look, ex.layout)[asks] for k, look in enumerate(ex.looks)
-           if look.asks == asks and asks in look.answers]
-    words = mine(torch.stack(own).mean(0))[at, text.start:text.stop]
-    return (patches/patches.sum().clamp(min=1e-30)).unflatten(1, spans[0].grid), words
+    heard = ex.reach(method, 'text')[i].detach()                                              # (n)
+    return (patches/patches.sum().clamp(min=1e-30)).unflatten(1, spans[0].grid), heard
 
 # %% ../../nbs/explain/52_figures.ipynb #47a654bd
 ACROSS = dict(latent=1.45, word=2.3)     # x, in picture widths
@@ -284,7 +280,7 @@ def draw_words(
         ax.plot([x, x + .62], [.5, y], color=PALETTE['text'], lw=12*share, alpha=.6)
         ax.text(x + .65, y, name, color=PALETTE['text'], fontsize=8, va='center')
 
-# %% ../../nbs/explain/52_figures.ipynb #e1a21e92
+# %% ../../nbs/explain/52_figures.ipynb #542b680d
 def show_flow(
     ex: Explanation,
     which=0,                   # a label or its number
@@ -294,7 +290,7 @@ def show_flow(
     **how,                     # layer, head: of the looks that the word itself takes
 ) -> Figure:
     "Patches, latents, words: lines as wide as what flows from left to right into one word"
-    through, heard = ways(ex, which, method, **how)
+    through, heard = carried(ex, which, method, **how)
     fig = Figure(figsize=(7.5, 2.9), dpi=100)
     ax = fig.subplots()
     ax.imshow(seen_pixels(ex.case.picture), extent=(0, 1, 1, 0))
