@@ -84,7 +84,7 @@ def check_text(
     if len(text) > 400: raise ValueError(f'the {what} has {len(text)} characters; the page takes 400')
     return text
 
-# %% ../../nbs/demos/61_answer_desk.ipynb #c9186b40
+# %% ../../nbs/demos/61_answer_desk.ipynb #a5193d33
 @patch
 def find(self: AnswerDesk,
     text: str,                        # a sentence
@@ -102,7 +102,8 @@ def fill(self: AnswerDesk,
     from vl_tutor.explain.one_call import explain
     check_picture(picture)
     filled, = self.tool.fill([picture], [check_text(text, 'sentence')])
-    if (n := len(filled.text.split())) > MOST_WORDS: raise ValueError(f'{n} words: the page shows at most {MOST_WORDS}')
+    n = len(filled.text.split())
+    if n > MOST_WORDS: raise ValueError(f'{n} words: the page shows at most {MOST_WORDS}')
     read = explain(self.tool, picture, filled.text, 'words')
     holes = [i for i, word in enumerate(split(text)) if word == '<mask>']
     gaps = list(zip(holes, filled.probabilities))

@@ -113,9 +113,9 @@ def forget(
     for box in boxes:
         for event in (box.upload, box.clear): event(lambda: None, None, truth, queue=False, **QUIET)
 
-# %% ../../nbs/demos/61_answering.ipynb #e5e7afbf
-REASON = """Clear patches: where the model looked, as far as it spoke for the answer. If the question is about one thing,
-that is the one about two times out of three. A hint, not a proof."""
+# %% ../../nbs/demos/61_answering.ipynb #caaa4e4d
+REASON = """Clear patches: where the model looked, as far as it spoke for the answer. If the question is
+about one thing, that is the one about two times out of three. A hint, not a proof."""
 
 def ask_parts(
     first: tuple,    # picture, question, number, things on it: as rolled
@@ -144,8 +144,8 @@ def ask_parts(
             tries = try_questions([level, number])
     there = gr.State(things)
     return dict(number=number, roll=roll, text=text, go=go, tries=tries, place=[level, number],
-                rolled=[picture, text, number, there], asked=[picture, text, there], shown=[*sides, note, view],
-                picture=picture, there=there, board=board, drawn=drawn, ways=ways)
+                rolled=[picture, text, number, there], asked=[picture, text, there],
+                shown=[*sides, note, view], picture=picture, there=there, board=board, drawn=drawn, ways=ways)
 
 # %% ../../nbs/demos/61_answering.ipynb #438fac77
 def try_questions(
@@ -252,9 +252,9 @@ def find_tab(
     text.submit(**ready, **QUIET)
     tries.click(lambda row: row[0], tries, text, **QUIET).then(**ready, **QUIET)
 
-# %% ../../nbs/demos/61_answering.ipynb #1d3e3bb9
-CLEAR = """Clear patches: where the model looked to guess the word while it was hidden. For a word of size, colour or kind
-that is the thing it tells of about four times out of five. A hint, not a proof."""
+# %% ../../nbs/demos/61_answering.ipynb #38b038a9
+CLEAR = """Clear patches: where the model looked to guess the word while it was hidden. For a word of size,
+colour or kind that is the thing it tells of about four times out of five. A hint, not a proof."""
 
 def fill_tab(
     desk,     # an `AnswerDesk`

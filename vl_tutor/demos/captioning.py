@@ -62,13 +62,14 @@ def roll(self: CaptionDesk,
     sample = world[number]
     return Image.fromarray(sample['image'].permute(1, 2, 0).numpy()), sample['caption'], number
 
-# %% ../../nbs/demos/60_captioning.ipynb #2e1b0c2a
+# %% ../../nbs/demos/60_captioning.ipynb #5f50c5c0
 HONEST = """It was trained from nothing on a **generated world**: coloured shapes and scanned
 handwritten digits on grey walls. Every word it knows is about that world. **It has never seen a photograph**:
 shown one, it names shapes or digits that are not there, as fluently as ever."""
 
-BELIEVE = """Clear: where the model looked as it wrote the word. With the bundled weights the clearest patch lies on the
-thing that a word of size, colour or kind tells of 57 times in 100, on the other thing 9 times. A hint, not a proof."""
+BELIEVE = """Clear: where the model looked as it wrote the word. With the bundled weights the clearest patch
+lies on the thing that a word of size, colour or kind tells of 57 times in 100, on the other thing 9 times.
+A hint, not a proof."""
 
 def introduce(
     tool,     # a `CaptionTool`

@@ -22,7 +22,7 @@ def strongest(
     row, column = divmod(weights.argmax().item(), cols)
     return dict(row=row, column=column, share=round(weights.max().item()/total, 4))
 
-# %% ../../nbs/demos/66_explain_commands.ipynb #96515d7a
+# %% ../../nbs/demos/66_explain_commands.ipynb #df75c043
 def word_places(
     labels: list[str],     # all of them
     wanted: list[str],     # names or numbers; none: all
@@ -32,11 +32,12 @@ def word_places(
     for word in wanted:
         same = {i for i, label in enumerate(labels) if label.strip('()') == word.strip('()')}
         if not same and word.isdecimal() and int(word) < len(labels): same = {int(word)}
-        if not same: raise ValueError(f'--word {word}: choose from {", ".join(labels)}, or 0 to {len(labels) - 1}')
+        some = f'{", ".join(labels)}, or 0 to {len(labels) - 1}'
+        if not same: raise ValueError(f'--word {word}: choose from {some}')
         places |= same
     return sorted(places)
 
-# %% ../../nbs/demos/66_explain_commands.ipynb #daa15921
+# %% ../../nbs/demos/66_explain_commands.ipynb #74e35542
 THROUGH = ('rollout', 'relevance')     # methods that go through all layers
 
 def reading(
@@ -50,11 +51,12 @@ def reading(
     how = dict(best) if method is None else dict(method=known(method))
     if layer is not None and how['method'] in THROUGH:
         raise ValueError(f'--layer {layer}: {how["method"]} goes through all layers and has none of its own')
-    if head is not None and how['method'] == 'gradcam': raise ValueError(f'--head {head}: gradcam has no heads')
+    if head is not None and how['method'] == 'gradcam':
+        raise ValueError(f'--head {head}: gradcam has no heads')
     if layer is not None: how['layer'] = layer
     return how | (dict(head=head) if head is not None else {})
 
-# %% ../../nbs/demos/66_explain_commands.ipynb #2683b88c
+# %% ../../nbs/demos/66_explain_commands.ipynb #b113b83d
 SYSTEMS = ('caption', 'answer')
 
 def open_system(
@@ -68,7 +70,7 @@ def open_system(
     from vl_tutor.demos.vlc_commands import open_vlc
     if system not in SYSTEMS: raise ValueError(f'--system {system}: choose {", ".join(SYSTEMS)}')
     if system == 'caption': return open_tool(weights), target or 'words'
-    if text is None: raise ValueError('--system answer needs a question: give it after the picture, in quotes')
+    if text is None: raise ValueError('--system answer needs a question, in quotes after the picture')
     return open_vlc(weights), target or 'answer'
 
 # %% ../../nbs/demos/66_explain_commands.ipynb #02ab6561

@@ -133,7 +133,7 @@ def finish(self: CaptionTool,
     mean, text = score.mean().item() if len(score) else 0., self.tokenizer.text
     return Caption(text(words).strip(), [text([w]).strip() for w in words], words, mean, looked)
 
-# %% ../../nbs/recipes/48_train_captioner.ipynb #955c0b63
+# %% ../../nbs/recipes/48_train_captioner.ipynb #0f10c678
 @patch
 def case(self: CaptionTool,
     image,                   # one: PIL picture, path, or uint8 tensor `(3 s s)`
@@ -142,7 +142,7 @@ def case(self: CaptionTool,
 ) -> Case:
     "One picture and one caption, ready to be explained word by word"
     if target not in (None, 'words'): raise ValueError(f"a captioner explains its 'words', not {target!r}")
-    if text is not None and not text.strip(): raise ValueError('an empty caption: there is nothing to explain')
+    if text is not None and not text.strip(): raise ValueError('an empty caption: nothing to explain')
     c, video = self.model.config.text, self.video([image])
     words = self.caption([image])[0].ids if text is None else [
         i for i in self.tokenizer.encode([text])[0][0].tolist() if i not in (c.bos_id, c.eos_id)]

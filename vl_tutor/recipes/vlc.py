@@ -178,14 +178,14 @@ def word_maps(self: VLCTool,
     words = [i for i, k in enumerate(ids[0].tolist()) if k not in self.tokenizer.special_ids]
     return self.tokenizer.tokens(ids[0, words]), maps[words]
 
-# %% ../../nbs/recipes/54_vlc.ipynb #f0d6de6a
-TARGETS = dict(match='itm', rank='rank', answer='vqa')    # what a text as a whole can be scored for, and by which head
+# %% ../../nbs/recipes/54_vlc.ipynb #4769601d
+TARGETS = dict(match='itm', rank='rank', answer='vqa')    # what a whole text is scored for, by which head
 
 @patch
 def case(self: VLCTool,
     picture,                 # one
     text: str,               # a caption, or a question
-    target: str|None=None,   # 'words' (also None): each word, hidden; 'match', 'rank', 'answer'; or an answer to defend
+    target: str|None=None,   # 'words' (None too): each word, hidden; 'match', 'rank', 'answer'; or an answer
 ) -> Case:
     "One picture and one text, ready to be explained"
     (ids, mask), image = self.texts([text]), self.images([picture])
@@ -212,7 +212,8 @@ def hidden_words(self: VLCTool, image: Tensor, ids: Tensor, mask: Tensor, places
 def whole(self: VLCTool, image: Tensor, ids: Tensor, mask: Tensor, target: str) -> tuple[Callable, str]:
     "A function that returns one score of the text as a whole `(1)`, and its name"
     if target not in TARGETS and target not in self.answers:
-        raise ValueError(f"no target {target!r}: 'words', {', '.join(map(repr, TARGETS))}, or an answer the model knows")
+        known = ', '.join(map(repr, ('words', *TARGETS)))
+        raise ValueError(f'no target {target!r}: {known}, or an answer that the model knows')
     if target == 'match': return lambda: self.model.match(image, ids, mask)[:, 1], target
     if target == 'rank': return lambda: self.model.rank(image, ids, mask), target
     with torch.no_grad(): logits = self.model.answer(image, ids, mask)[0, :len(self.answers)]
