@@ -100,6 +100,7 @@ def test_vl_tutor_command(command, tmp_path):
     if 'caption docs' in command: assert PICTURES['scene.png'][2] in r.stdout
     elif command.startswith('vl-tutor answer docs/'): assert r.stdout.startswith('docs/images/scene.png: yes') and 'blind' in r.stdout
     elif command.startswith('vl-tutor retrieve "'): assert r.stdout.splitlines()[0].endswith('docs/images/scene.png')
+    elif command.startswith('vl-tutor explain docs/'): assert 'probability' in r.stdout and (tmp_path/'why.png').stat().st_size > 10_000
     elif command == 'vl-tutor data check docs/images': assert 'csv' in r.stdout and '2 records, 0 broken' in r.stdout
     elif command == 'vl-tutor data formats': assert {'coco', 'vqav2', 'refcoco+', 'msrvtt', 'shards'} <= {line.split()[0] for line in r.stdout.splitlines()}
     else: assert 'Usage' in r.stdout and len(r.stdout.split()) > 30
