@@ -185,6 +185,15 @@ def test_blip_answers_add_up_to_its_loss():
     assert ex.labels == ['7', '8'] and ex.reach('relevance', 'text').shape == (2, 6)
 
 
+@pytest.mark.parametrize('name', ['BlipForConditionalGeneration', 'BlipForQuestionAnswering'])
+def test_blip_begins_with_its_own_marker(name):
+    model, other = build(name).eval(), torch.tensor([[11, 7, 8, 29]])               # 11: what a BERT tokeniser begins with, not BLIP's decoder
+    begin = lambda ids: explain(model, PIXELS, *((ids,) if 'Cond' in name else (IDS, ids)))
+    want = torch.tensor([[1, 7, 8, 29]])
+    same(begin(other).maps(), begin(want).maps(), 1e-7)
+    assert begin(other).labels == ['7', '8']
+
+
 def test_blip_speaks_for_itself():
     model = build('BlipForConditionalGeneration').eval()
     ex = explain(model, PIXELS, None)

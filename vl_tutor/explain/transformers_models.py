@@ -86,7 +86,7 @@ def in_reading_order(
         del part.visual_embed
         if own: part.visual_embed = own
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #0439e41f
+# %% ../../nbs/explain/51_transformers_models.ipynb #ff717f37
 MODELS = dict(
     CLIPModel=('match', 'words'),
     ViltForImageAndTextRetrieval=('match',),
@@ -97,10 +97,8 @@ MODELS = dict(
     BlipForQuestionAnswering=('answer',),
 )
 
-def class_of(
-    model: nn.Module,
-) -> str:               # a key of `MODELS`
-    "The name by which we know a model; ValueError with all names if it has none"
+def class_of(model: nn.Module) -> str:
+    "The key of `MODELS` by which we know a model; ValueError with all of them if there is none"
     for c in type(model).__mro__:
         if c.__name__ in MODELS: return c.__name__
     raise ValueError(f'{type(model).__name__} is none of {", ".join(MODELS)}')
@@ -127,10 +125,10 @@ def part_of(processor, name: str, what: str):
     if (part := getattr(processor, name, None)) is not None: return part
     raise ValueError(f'{what} needs processor=, the one that the model was trained with')
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #073a0c9c
+# %% ../../nbs/explain/51_transformers_models.ipynb #3a4f4e8a
 def pixels_for(
     model: nn.Module,
-    image,              # floats `(3 h w)` as they are; with a processor a PIL picture, path, or uint8 `(3 h w)`
+    image,              # floats `(3 h w)` as they are; with a processor PIL, a path, or bytes `(3 h w)`
     processor=None,
 ) -> Tensor:            # `(1 3 h w)`
     "A picture as the model takes it; ValueError where it does not fit"
@@ -183,11 +181,8 @@ def ids_for(
     if n > limit: raise ValueError(f'the text has {n} tokens, but the model reads at most {limit}')
     return ids.to(next(model.parameters()).device)
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #1d04a765
-def seen_spans(
-    grid: tuple[int, int],
-    start: int=0,
-) -> list[Span]:
+# %% ../../nbs/explain/51_transformers_models.ipynb #fd7b4d92
+def seen_spans(grid: tuple[int, int], start: int=0) -> list[Span]:
     "A class token and the patches after it"
     rows, cols = grid
     return [Span('cls', start, start + 1), Span('image', start + 1, start + 1 + rows*cols, grid=grid)]
@@ -232,12 +227,9 @@ def vilt_layout(
     looks = own_looks(model, 'vilt.encoder.layer', 'joint', 'attention.attention', 'layernorm_before')
     return Layout(dict(joint=[Span('text', 0, words), *seen_spans(grid, words)]), looks)
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #88e4853b
-def vilt_logits(
-    x: Input,
-    ids: Tensor,     # `(r n)`
-) -> Tensor:
-    "What a ViLT head says, patches in reading order"
+# %% ../../nbs/explain/51_transformers_models.ipynb #60f91a2a
+def vilt_logits(x: Input, ids: Tensor) -> Tensor:
+    "What a ViLT head says of texts `(r n)`, patches in reading order"
     pixels = x.pixels.expand(len(ids), -1, -1, -1)
     with in_reading_order(x.model):
         return x.model(input_ids=ids, pixel_values=pixels, pixel_mask=torch.ones_like(pixels[:, 0])).logits
@@ -283,11 +275,9 @@ def whole_case(x: Input, layout: Layout, run: Callable, name: str, origins: list
     return Case(x.model, layout, run, [f'({name})', *x.words], origins, [0]*len(origins), whole=1,
         picture=x.pixels[0], record=record_dropouts)
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #7779032a
-def clip_scores(
-    x: Input,
-) -> Tensor:     # `(1 + w)`
-    "The similarity, and for each word what is lost when nobody may look at it"
+# %% ../../nbs/explain/51_transformers_models.ipynb #6bd9c787
+def clip_scores(x: Input) -> Tensor:
+    "The similarity, and for each word what is lost when nobody may look at it `(1+w)`"
     unit = lambda read: (v := getattr(read, 'pooler_output', read))/v.norm(dim=-1, keepdim=True)
     keep = torch.ones(len(x.words), x.ids.shape[1], dtype=torch.long, device=x.ids.device)    # (w n)
     keep[torch.arange(len(keep)), x.at] = 0
@@ -347,11 +337,9 @@ def begun(x: Input, ids: Tensor) -> Tensor:
     start = torch.full_like(ids[:, :1], x.model.config.text_config.bos_token_id)
     return torch.cat([start, ids[:, 1:-1]], 1)
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #65163953
-def own_words(
-    x: Input,
-) -> Tensor:       # `(1 n)`, a beginning and words
-    "What the model itself would say"
+# %% ../../nbs/explain/51_transformers_models.ipynb #b0972b80
+def own_words(x: Input) -> Tensor:
+    "What the model itself would say, behind a beginning `(1 n)`"
     c, asked = x.model.config.text_config, {} if x.ids is None else dict(input_ids=x.ids)
     greedy = dict(max_new_tokens=min(20, c.max_position_embeddings - 1), do_sample=False, num_beams=1)
     with at_rest(x.model), torch.random.fork_rng(devices=[]):
