@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from vl_tutor.explain.one_call import METHODS, explain
 from vl_tutor.explain.transformers_models import MODELS, in_reading_order, record_dropouts, record_interface, transformers_case
@@ -10,7 +11,6 @@ from vl_tutor.models.vilt import load_vilt
 from vl_tutor.primitives.layout import Case
 from vl_tutor.primitives.notation import expect_fail
 
-transformers = pytest.importorskip('transformers')
 BODY = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20)
 SIGHT, TEXT = dict(BODY, image_size=12, patch_size=4), dict(BODY, vocab_size=30, max_position_embeddings=9, pad_token_id=0, bos_token_id=1)
 DROP = dict(hidden_dropout_prob=.4, attention_probs_dropout_prob=.4)
