@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from vl_tutor.explain.one_call import METHODS, at_rest, bare_case, explain, gradients, gradients_ref, record_tokens, side_by_side, watched
+from vl_tutor.explain.one_call import METHODS, at_rest, bare_case, explain, gradients, gradients_ref, record_tokens, side_by_side, run_watched
 from vl_tutor.models.captioner import Captioner, CaptionerConfig, CrossConfig, MapperConfig, ResamplerConfig
 from vl_tutor.models.backbones import GPTConfig, ViTConfig
 from vl_tutor.primitives.attention import Attention, record
@@ -473,6 +473,6 @@ def test_tokens_of_every_call_are_kept():
 
 def test_explaining_a_case_twice_is_the_same():
     case = tools()[1].case(scene()[0], 'is there a star ?', 'answer')
-    first, second = ask_everything(case), watched(case, case.layout.looks)
+    first, second = ask_everything(case), run_watched(case, case.layout.looks)
     for method in METHODS: assert torch.equal(first.maps(method), second.maps(method))
     assert isinstance(case, Case) and first.labels[0] in ('(yes)', '(no)')
