@@ -64,9 +64,10 @@ notebooks: $(DEV) ## run the notebooks and store their outputs (NB="nbs/world/10
 	  $(BIN)/nbdev-clean --fname $$nb || exit 1; \
 	done
 
-claims: $(USE) ## make the recorded runs of nbs/recipes/49 and 55 that are missing (delete a file to make all of it: 20 and 35 minutes)
+claims: $(USE) ## make the recorded runs of nbs/recipes/49, 55 and nbs/explain/53 that are missing (delete a file to make all of it: 20, 35 and 8 minutes)
 	$(BIN)/python -c "from vl_tutor.recipes.captioner_claims import record_claims; record_claims()"
 	$(BIN)/python -c "from vl_tutor.recipes.vlc_claims import record_claims; record_claims()"
+	$(BIN)/python -c "from vl_tutor.explain.standings import record_standings; record_standings()"
 
 clean: ## remove what can be made again (not the environment, not the recorded runs)
 	rm -rf docs/_build _docs _proc build dist *.egg-info .pytest_cache .hypothesis

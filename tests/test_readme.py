@@ -100,14 +100,14 @@ def test_vl_tutor_command(command, tmp_path):
     if 'caption docs' in command: assert PICTURES['scene.png'][2] in r.stdout
     elif command.startswith('vl-tutor answer docs/'): assert r.stdout.startswith('docs/images/scene.png: yes') and 'blind' in r.stdout
     elif command.startswith('vl-tutor retrieve "'): assert r.stdout.splitlines()[0].endswith('docs/images/scene.png')
-    elif command.startswith('vl-tutor explain docs/'): assert 'probability' in r.stdout and (tmp_path/'why.png').stat().st_size > 10_000
+    elif command.startswith('vl-tutor explain docs/'): assert 'match' in r.stdout.splitlines()[1] and (tmp_path/'why.png').stat().st_size > 10_000
     elif command == 'vl-tutor data check docs/images': assert 'csv' in r.stdout and '2 records, 0 broken' in r.stdout
     elif command == 'vl-tutor data formats': assert {'coco', 'vqav2', 'refcoco+', 'msrvtt', 'shards'} <= {line.split()[0] for line in r.stdout.splitlines()}
     else: assert 'Usage' in r.stdout and len(r.stdout.split()) > 30
 
 
 def test_python_lines(tmp_path):
-    code, more = re.findall(r'^```python\n(.*?)^```', readme, re.M | re.S)
+    code, more, why = re.findall(r'^```python\n(.*?)^```', readme, re.M | re.S)
     assert len(code.splitlines()) <= 10
     r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert r.returncode == 0, r.stderr
@@ -118,6 +118,9 @@ def test_python_lines(tmp_path):
     r = subprocess.run([sys.executable, '-c', more], cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert r.returncode == 0, r.stderr
     assert r.stdout.startswith("[('ring', ") and r.stdout.splitlines()[-1] == PICTURES['scene.png'][2], r.stdout
+    r = subprocess.run([sys.executable, '-c', why], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.strip() in {f'({row}, {col}) torch.Size([11, 6, 6])' for row in (0, 1, 2) for col in (0, 1, 2)}, r.stdout
 
 
 PICTURES = {'scene.png': ('shapes', 0, 'a large blue ring left of a large orange circle'), 'digits.png': ('digits', 1, 'a large purple three left of a small red one')}
