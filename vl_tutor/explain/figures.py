@@ -93,7 +93,7 @@ def title_of(
     "Words in the colour of text, the score of a whole text in black"
     return dict(label=ex.labels[i], fontsize=10, color='k' if i < ex.case.whole else PALETTE['text'])
 
-# %% ../../nbs/explain/52_figures.ipynb #fd167c30
+# %% ../../nbs/explain/52_figures.ipynb #3fcd8d6c
 def show_explanation(
     ex: Explanation,
     method: str='relevance',   # a key of `METHODS`
@@ -120,7 +120,8 @@ def show_explanation(
     for ax, i in zip(cells[1:], chosen):
         lay_map(ax, seen, maps[i], smooth=smooth); size_bar(ax, sizes[i].item())
         ax.set_title(**title_of(ex, i))
-    for ax in cells[:len(chosen) + 1] if boxes is not None else (): show_boxes(ax, boxes, grid, seen.shape[:2])
+    if boxes is not None:
+        for ax in cells[:len(chosen) + 1]: show_boxes(ax, boxes, grid, seen.shape[:2])
     fig.tight_layout(pad=.5, h_pad=1.6)
     return fig
 
