@@ -207,3 +207,28 @@ def test_the_bundled_weights_point_at_things(run, gallery, system):
             x, y = 8*row['column'] + 4, 8*row['row'] + 4
             hits.append(any(l - 4 <= x <= r + 4 and t - 4 <= y <= b + 4 for l, t, r, b in (t['box'] for t in there if t['colour'] == row['word'])))
     assert len(hits) >= 12 and sum(hits)/len(hits) > .6, hits
+
+
+@pytest.mark.parametrize('system', ['captioner', 'words', 'match', 'answer'])
+def test_the_defaults_are_the_winners_of_the_standings(system):
+    "On the scenes kept aside for choosing: most hits on the own thing, less those on the other"
+    from vl_tutor.explain.standings import read_standings
+    run, = (r for r in read_standings() if (r['system'], r['weights'], r['seed']) == (system, 'trained', 0))
+    lead, way = max(((own - other, dict(method=method, **way)) for method, rows in run["choices"].items() for way, own, other in rows), key=lambda row: row[0])
+    tool = load_captioner() if system == 'captioner' else load_vlc()
+    how = tool.pointing() if system == 'captioner' else tool.pointing(system)
+    if how['layer'] < 0: how['layer'] += len(tool.model.gated)
+    assert how == way, (how, way, lead)
+
+
+def test_the_pages_say_what_was_counted():
+    "The sentences under the maps are numbers of the record, on scenes that nothing was chosen on"
+    from vl_tutor.demos.answering import CLEAR, REASON
+    from vl_tutor.demos.captioning import BELIEVE
+    from vl_tutor.explain.standings import read_standings
+    runs = {r['system']: r['scores'] for r in read_standings() if (r['weights'], r['seed']) == ('trained', 0)}
+    hits = lambda system, method, name='own': runs[system][method][name][0]
+    own, other = map(int, re.findall(r'(\d+)\s+times', BELIEVE))
+    assert abs(own - 100*hits('captioner', 'attention')) < 1 and abs(other - 100*hits('captioner', 'attention', 'other')) < 1
+    assert 'four times out of five' in CLEAR and abs(hits('words', 'attention') - 4/5) < .05
+    assert 'two times out of three' in REASON and abs(hits('answer', 'attention_gradcam') - 2/3) < .05
