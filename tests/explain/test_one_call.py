@@ -438,6 +438,8 @@ def test_mistakes_are_told():
     ex = explain(case)
     for words, mistake in {
         'no method': lambda: ex.maps('magic'), 'layers 0 to 1': lambda: ex.maps('attention', layer=7), 'head 9 of 2': lambda: ex.maps(head=9),
+        'relevance has no layer': lambda: ex.maps(layer=1), 'gradient has no depth': lambda: ex.maps('gradient', depth=2),
+        'gradcam has no head': lambda: ex.maps('gradcam', head=0), 'one look is read by': lambda: ex.between('rollout', 'text', 'media'),
         'no label': lambda: ex.label('dog'), 'a flow is': lambda: ex.flow('gradient'), "no 'audio' tokens": lambda: ex.reach(kind='audio'),
         'none of the': lambda: explain(case, looks=[]), 'no case': lambda: explain(nn.Linear(2, 2), 0, 0, said), 'no case()': lambda: explain('a path'),
         'has no case': lambda: explain(captioner(), 0, IDS), '4 labels but 1 origins': lambda: bare_case(captioner(), torch.zeros(1, 1, 3, 24, 24), IDS, said,

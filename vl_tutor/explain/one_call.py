@@ -135,7 +135,7 @@ class Explanation:
         if isinstance(which, int) and 0 <= which < len(self.labels): return which
         raise ValueError(f'no label {which!r}; choose from {", ".join(self.labels)}')
 
-# %% ../../nbs/explain/51_one_call.ipynb #035d04ee
+# %% ../../nbs/explain/51_one_call.ipynb #4cb87d8b
 @patch
 def climb(self: Explanation,
     of: str,              # 'weights' or 'tokens'
@@ -169,7 +169,7 @@ def table(self: Explanation,
 ) -> Tensor:               # `(r n m)` for attention, `(t n m)` for the others
     "One look as one table"
     a = side_by_side(self.weights[k].detach(), self.case.rows, True).float().cpu()
-    if method not in READINGS: raise ValueError(f'one look is read by {", ".join(READINGS)}, not by {method!r}')
+    if method not in READINGS: raise ValueError(f"one look is read by {list(READINGS)}, not by {method!r}")
     if head is not None and not 0 <= head < a.shape[1]: raise ValueError(f'head {head} of {a.shape[1]}')
     take = slice(None) if head is None else slice(head, head + 1)
     return READINGS[method](a[:, take], None if method == 'attention' else self.slope('weights', k)[:, take])
@@ -252,7 +252,7 @@ def between(self: Explanation,
     tables = [(self.looks[k], self.table(method, k, head if k in own else None)) for k in sorted(chosen)]
     return direct(tables, self.layout, asks, source)
 
-# %% ../../nbs/explain/51_one_call.ipynb #012776a0
+# %% ../../nbs/explain/51_one_call.ipynb #596707e2
 @patch
 def reach(self: Explanation,
     method: str='relevance',    # a key of `METHODS`
@@ -263,6 +263,10 @@ def reach(self: Explanation,
     depth: int|None=None,       # rollout and relevance: only the last so many looks
 ) -> Tensor:                    # `(labels tokens)`, none negative
     "How much each label owes to every token of a kind"
+    misfits = dict(layer=layer is not None and method in TABLE, head=head is not None and method == 'gradcam',
+                   depth=depth is not None and method not in TABLE)
+    for name in (name for name, bad in misfits.items() if bad):
+        raise ValueError(f'{method} has no {name}: flows have a depth, others a layer, and tokens no heads')
     source = self.layout.stream_of(kind)
     columns = torch.cat([torch.arange(s.start, s.stop) for at, s in self.layout.spans(kind) if at == source])
     asks, ks = self.origin(source), self.picked(method, kind, layer)
