@@ -135,7 +135,7 @@ best is taken. --json also has the whole maps and the raw scores.
 
 explain_app = typer.Typer(rich_markup_mode='rich')
 
-# %% ../../nbs/demos/66_explain_commands.ipynb #4c225165
+# %% ../../nbs/demos/66_explain_commands.ipynb #97954392
 @explain_app.command('explain', help=EXPLAIN)
 def explain_picture(
     picture: Annotated[Path, typer.Argument(metavar='PICTURE', help='JPEG, PNG, WebP or BMP.')],
@@ -163,6 +163,7 @@ def explain_picture(
     title, whole = ' '.join(ex.labels[ex.case.whole:]), ex.labels[0].strip('()')*ex.case.whole
     say(rows, as_json, lambda rows: told(rows, f'{picture}: {title}', whole))
 
+# %% ../../nbs/demos/66_explain_commands.ipynb #a63cabda
 def draw_strip(
     ex,                   # an `Explanation`
     how: dict,            # method, and what it is narrowed to

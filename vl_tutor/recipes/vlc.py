@@ -178,7 +178,7 @@ def word_maps(self: VLCTool,
     words = [i for i, k in enumerate(ids[0].tolist()) if k not in self.tokenizer.special_ids]
     return self.tokenizer.tokens(ids[0, words]), maps[words]
 
-# %% ../../nbs/recipes/54_vlc.ipynb #4769601d
+# %% ../../nbs/recipes/54_vlc.ipynb #064e4c58
 TARGETS = dict(match='itm', rank='rank', answer='vqa')    # what a whole text is scored for, by which head
 
 @patch
@@ -199,6 +199,7 @@ def case(self: VLCTool,
     return Case(self.model, layout, run, [f'({name})', *words], [dict(joint=0), *at],
                 [0]*(len(places) + 1), 1, 1, image[0])
 
+# %% ../../nbs/recipes/54_vlc.ipynb #cad50d50
 @patch
 def hidden_words(self: VLCTool, image: Tensor, ids: Tensor, mask: Tensor, places: list[int]) -> Tensor:
     "Log-probability of each true word, read where a mask stands in its place; one row of the batch each"
