@@ -453,6 +453,16 @@ def test_mistakes_are_told():
         assert words in str(told.value) and '\n' not in str(told.value), (words, told.value)
 
 
+def test_a_model_trained_meanwhile_is_told():
+    model, case = small(TwoStream)
+    ex = explain(case)
+    ex.maps('attention')
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(1.1)
+    assert ex.maps('attention').isfinite().all()                                  # tables are written down, slopes are not yet
+    with pytest.raises(ValueError, match='explain it again'): ex.maps('gradient')
+
+
 # ---- pieces ----
 
 def test_frames_side_by_side_are_blocks():

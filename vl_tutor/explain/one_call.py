@@ -135,7 +135,7 @@ class Explanation:
         if isinstance(which, int) and 0 <= which < len(self.labels): return which
         raise ValueError(f'no label {which!r}; choose from {", ".join(self.labels)}')
 
-# %% ../../nbs/explain/51_one_call.ipynb #4cb87d8b
+# %% ../../nbs/explain/51_one_call.ipynb #7fd2fd3c
 @patch
 def climb(self: Explanation,
     of: str,              # 'weights' or 'tokens'
@@ -147,11 +147,15 @@ def climb(self: Explanation,
     if not self.scores.requires_grad: raise ValueError('no recorded look has a say in these scores')
     with torch.inference_mode(False), torch.enable_grad():
         scores = self.scores if rows == 1 else self.scores.sum()[None]    # rows do not hear each other
-        found = gradients(scores, [getattr(self, of)[k] for k in new])
+        try: found = gradients(scores, [getattr(self, of)[k] for k in new])
+        except RuntimeError as error:
+            if 'inplace' not in str(error): raise
+            raise ValueError('the model has changed since it was run: explain it again') from error
     for k, g in zip(new, found):
         g = side_by_side(g, rows, of == 'weights')
         self.slopes[of, k] = (g[:, 0] if rows == 1 else g[0]).float().cpu()
 
+# %% ../../nbs/explain/51_one_call.ipynb #dcd9c85d
 @patch
 def slope(self: Explanation,
     of: str,              # 'weights' or 'tokens'
