@@ -477,7 +477,9 @@ def test_frames_side_by_side_are_blocks():
 
 def test_tokens_of_every_call_are_kept():
     model, case = small(TwoStream)
-    with record_tokens(model, ['norm', 'out']) as seen: case.run()
+    with record_tokens(model, ['norm', 'out']) as seen:
+        other = Thread(target=case.run); other.start(); other.join()              # not ours to keep
+        case.run()
     assert [t.shape[1] for t in seen['norm']] == [5, 6] and len(seen['out']) == 1
     close(model.batch(seen['out'][0]), case.run()[None])
     assert all(t.requires_grad for t in seen['norm'])
