@@ -22,7 +22,7 @@ def strongest(
     row, column = divmod(weights.argmax().item(), cols)
     return dict(row=row, column=column, share=round(weights.max().item()/total, 4))
 
-# %% ../../nbs/demos/66_explain_commands.ipynb #df75c043
+# %% ../../nbs/demos/66_explain_commands.ipynb #477c3a59
 def word_places(
     labels: list[str],     # all of them
     wanted: list[str],     # names or numbers; none: all
@@ -30,7 +30,7 @@ def word_places(
     "The places that are meant, in the order of the text"
     places = set() if wanted else set(range(len(labels)))
     for word in wanted:
-        same = {i for i, label in enumerate(labels) if label.strip('()') == word.strip('()')}
+        same = {i for i, label in enumerate(labels) if label.strip('()').lower() == word.strip('()').lower()}
         if not same and word.isdecimal() and int(word) < len(labels): same = {int(word)}
         some = f'{", ".join(labels)}, or 0 to {len(labels) - 1}'
         if not same: raise ValueError(f'--word {word}: choose from {some}')
@@ -114,8 +114,9 @@ speaks for it.
 
 For each word: how probable it was, the strongest patch, and the share of the
 map that lies there. Rows, columns, layers, heads and words are counted from 0.
-A map is a hint, not a proof; unless you name a method, the one that points
-best is taken. --json also has the whole maps and the raw scores.
+A map is a hint, not a proof; unless you name a method, the one is taken that
+pointed best with the bundled weights on scenes kept aside. --json also has the
+whole maps and the raw scores.
 
 \b
 [bold]Methods[/]
