@@ -242,3 +242,9 @@ def test_accuracy_of_each_split():
     assert iou_inclusive(guesses, truth).tolist()[1] == .5
     assert accuracy_by_split(guesses, truth, [2, 0, 0, 0]) == {2: 1., 0: 1/3}
     assert accuracy_by_split(guesses, truth, ['all']*4, least=.4) == {'all': .75}
+
+
+@pytest.mark.parametrize('official', [False, True])
+def test_a_box_without_area_is_never_chosen(official):
+    heat, boxes = torch.ones(4, 4), torch.tensor([[0., 0, 0, 2], [1, 1, 2, 2], [0, 0, 0, 0]])
+    assert pick_box(heat, boxes, official=official) == 1

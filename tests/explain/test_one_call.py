@@ -2,16 +2,19 @@
 import random
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from threading import Thread
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from vl_tutor.explain.one_call import METHODS, at_rest, bare_case, explain, gradients, gradients_ref, record_tokens, side_by_side, run_watched
 from vl_tutor.models.captioner import Captioner, CaptionerConfig, CrossConfig, MapperConfig, ResamplerConfig
 from vl_tutor.models.backbones import GPTConfig, ViTConfig
 from vl_tutor.primitives.attention import Attention, record
 from vl_tutor.primitives.layout import Case, Layout, Look, Span
+from vl_tutor.primitives.notation import expect_fail
 from vl_tutor.primitives.transformer import Block, FeedForward
 from vl_tutor.recipes.captioner import load_captioner
 from vl_tutor.recipes.vlc import load_vlc
@@ -19,6 +22,7 @@ from vl_tutor.world.language import captions
 from vl_tutor.world.scenes import World
 
 IDS = torch.tensor([[1, 5, 7, 9, 11]])
+PICTURE = Path(__file__).resolve().parents[2]/'docs'/'images'/'scene.png'
 
 
 def close(got, want, atol=1e-6, rtol=1e-5): torch.testing.assert_close(got, want, atol=atol, rtol=rtol)
@@ -490,3 +494,75 @@ def test_explaining_a_case_twice_is_the_same():
     first, second = ask_everything(case), run_watched(case, case.layout.looks)
     for method in METHODS: assert torch.equal(first.maps(method), second.maps(method))
     assert isinstance(case, Case) and first.labels[0] in ('(yes)', '(no)')
+
+
+@pytest.mark.parametrize('how, sentence', [
+    (dict(method='relevance', depth=-1), 'relevance has depths 1 to 6, not -1'), (dict(method='rollout', depth=0), 'rollout has depths 1 to 6, not 0'),
+    (dict(method='relevance', depth=2.5), 'not 2.5'), (dict(method='attention', layer='0'), "attention has layers 0 to 5, not '0'"),
+    (dict(method='attention', frame=99), 'the video has frames 0 to 0, not 99'), (dict(method='attention', head='x'), 'head x of 4')])
+def test_numbers_that_stand_for_nothing(how, sentence):
+    ex = explain(load_vlc(), PICTURE, 'a ring', 'match')
+    with expect_fail(sentence): ex.maps(**how)
+
+
+def test_between_has_layers_too():
+    ex = explain(load_vlc(), PICTURE, 'a ring', 'match')
+    with expect_fail('attention has layers 0 to 5, not 9'): ex.between('attention', 'joint', 'joint', layer=9)
+
+
+@pytest.mark.parametrize('image, text, sentence', [
+    ('scene', None, 'VLC explains a caption or a question, not None'), ('scene', '[MASK]', "'[MASK]' has no word that the model knows"),
+    (torch.zeros(1, 3, 48, 48, dtype=torch.uint8), 'a ring', 'expected uint8 pixels (h, w, 3), got uint8 (1, 3, 48, 48)'),
+    (torch.zeros(48, 48), 'a ring', 'got float32 (48, 48)'), (Image.new('RGB', (0, 5)), 'a ring', 'no pixels: it is 0×5')])
+def test_what_vlc_cannot_explain(image, text, sentence):
+    with expect_fail(sentence): explain(load_vlc(), PICTURE if isinstance(image, str) else image, text)
+
+
+@pytest.mark.parametrize('text, sentence', [('<bos>', "no word in the caption '<bos>'"), (' ', 'no word in the caption'), (7, 'a caption is a text, not 7'),
+                                            ('ring '*90, 'a caption of 90 words; the language model reads 62')])
+def test_what_the_captioner_cannot_explain(text, sentence):
+    with expect_fail(sentence): explain(load_captioner(), PICTURE, text)
+
+
+def test_a_bare_model_is_told_what_it_reads():
+    vlc = load_vlc()
+    image, ids, match = vlc.images([PICTURE]), vlc.texts(['a ring'])[0], lambda m, x, i: m.match(x, i)[:, 1]
+    ask = lambda image=image, ids=ids, target=match, **more: explain(vlc.model, image, ids, target, **more)
+    assert ask().case.picture.shape == (3, 48, 48)
+    for sentence, wrong in {
+        'one row of pixels (1 3 h w), not PosixPath': lambda: ask(PICTURE), 'not (2, 3, 48, 48)': lambda: ask(image[[0, 0]]),
+        'one row of ids (1 n), not str': lambda: ask(ids='a ring'), 'ids (1 n), not (4,)': lambda: ask(ids=ids[0]),
+        'target returns scores (t), not ()': lambda: ask(target=lambda *a: match(*a)[0]), 'not NoneType': lambda: ask(target=lambda *a: None),
+        '0 labels': lambda: ask(labels=[]), "no token 0 in a stream 'foo'": lambda: ask(origins=[dict(foo=0)]),
+        'VLC reads single pictures, not a clip (1, 3, 3, 48, 48)': lambda: ask(image[:, None].expand(-1, 3, -1, -1, -1)), '1 labels but 1 origins': lambda: ask(origins=[{}]),
+        'no token 999': lambda: ask(origins=[dict(joint=999)]), 'no token -1': lambda: ask(origins=[dict(joint=-1)]),
+    }.items():
+        with expect_fail(sentence): wrong()
+
+
+@pytest.mark.parametrize('load, text', [(load_vlc, 'a ring'), (load_captioner, 'a large ring')])
+def test_tools_in_double(load, text):
+    tool = load()
+    want = explain(tool, PICTURE, text).maps()
+    tool.model.double()
+    close(explain(tool, PICTURE, text).maps(), want, atol=1e-5, rtol=1e-2)
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode(): tool = load_vlc()
+    with expect_fail('torch.inference_mode()'): explain(tool, PICTURE, 'a ring')
+
+
+def test_a_model_of_another_type_since():
+    tool = load_vlc()
+    ex = explain(tool, PICTURE, 'a ring')
+    tool.model.half()
+    with expect_fail('has changed since it was run'): ex.maps()
+
+
+def test_a_compiled_model_is_a_model():
+    "It has no length, as a module of modules has: `if body` would ask for it"
+    tool = load_vlc()
+    want = explain(tool, PICTURE, 'a ring', 'match').maps()
+    tool.model.__class__ = type('VLC', (type(tool.model),), dict(__len__=lambda self: 0))
+    close(explain(tool, PICTURE, 'a ring', 'match').maps(), want)

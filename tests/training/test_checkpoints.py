@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 from tensors import same
 from torch import nn
-from vl_tutor.training.checkpoints import (KeyMap, load_checkpoint, load_model, load_official, pack, rearranged, rng_state,
+from vl_tutor.training.checkpoints import (KeyMap, load_checkpoint, load_model, load_official, pack, read_card, rearranged, rng_state,
     save_checkpoint, save_model, unpack, write_whole)
 from vl_tutor.training.released import Inert, read_legacy, read_zip
 
@@ -336,3 +336,8 @@ def test_killed_at_any_time(tmp_path):
         p.send_signal(signal.SIGKILL); done = [int(line), *map(int, p.stdout.read().split())][-1]; p.wait()
         got = load_checkpoint(tmp_path)
         assert got['step'] in (done, done + 1) and (got['w'] == got['step']).all()
+
+
+def test_a_card_is_an_object(tmp_path):
+    (tmp_path/'card.json').write_text('[]')
+    with pytest.raises(ValueError, match='holds no card'): read_card(tmp_path)

@@ -35,14 +35,15 @@ def read_file(
     if not data: raise ValueError(f'{name} is empty')
     return data
 
-# %% ../../nbs/data/20_images.ipynb #10270a47
+# %% ../../nbs/data/20_images.ipynb #1333824a
 def check_size(
     image: Image.Image,    # opened, not decoded
     max_pixels: int,       # limit on width × height
     name: str,             # what to call it in an error
 ) -> Image.Image:          # the same
-    "Refuse a picture that is too large before a pixel is decoded"
+    "Refuse a picture that is too large before a pixel is decoded, and one without any"
     w, h = image.size
+    if not w*h: raise ValueError(f'{name} has no pixels: it is {w}×{h}')
     if w*h > max_pixels:
         raise ValueError(f'{name} has {w}×{h} pixels, more than the limit of {max_pixels/1e6:g} million')
     return image
@@ -165,7 +166,7 @@ def undo_transform(
     y = x.float()*torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return (y*255).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../../nbs/data/20_images.ipynb #39b88f08
+# %% ../../nbs/data/20_images.ipynb #186bfae3
 def picture_batch(
     pictures: list,         # anything `open_image` takes; tensors are uint8 `(3 h w)`
     size: int,              # side of the square the model reads, in pixels
@@ -175,7 +176,6 @@ def picture_batch(
 ) -> Tensor:                # `(b 3 s s)`
     "Any pictures as one batch; raises ValueError naming the one that is no picture"
     def one(x):
-        if not isinstance(x, Tensor): return squared(open_image(x), size)
-        if (*x.shape, x.dtype) == (3, size, size, torch.uint8): return as_it_is(x)
-        return squared(open_image(x.permute(1, 2, 0).numpy()), size)
+        ready = isinstance(x, Tensor) and (*x.shape, x.dtype) == (3, size, size, torch.uint8)
+        return as_it_is(x) if ready else squared(open_image(x), size)
     return torch.stack([one(x) for x in pictures])

@@ -115,7 +115,7 @@ def decoding_options(
     numbers = dict(width=beam, temperature=temperature, top_p=top_p, max_words=max_words, seed=seed)
     return dict(decoding=DECODINGS[decoding], **numbers)
 
-# %% ../../nbs/demos/69_command_line.ipynb #26779b25
+# %% ../../nbs/demos/69_command_line.ipynb #87ab1809
 def writable(
     path: Path|None,     # of a file to be written
     option: str,         # that asked for it
@@ -125,7 +125,12 @@ def writable(
     if path is None: return None
     if path.suffix.lower() != suffix: raise ValueError(f'{option} {path}: the name must end in {suffix}')
     if not path.parent.is_dir(): raise ValueError(f'{option} {path}: the folder {path.parent} does not exist')
-    if path.is_dir(): raise ValueError(f'{option} {path} is a folder')
+    try:
+        if path.is_dir(): raise ValueError(f'{option} {path} is a folder')
+        there = path.exists()
+        path.open('ab').close()
+        if not there: path.unlink()
+    except OSError as e: raise ValueError(f'{option} {path}: cannot be written ({e.strerror})') from None
     return path
 
 # %% ../../nbs/demos/69_command_line.ipynb #6ca2193d

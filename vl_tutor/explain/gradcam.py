@@ -72,7 +72,7 @@ def upsampled(
     "Maps as large as the picture, bicubic between the middles of the patches"
     return F.interpolate(maps[:, None], (height, width), mode='bicubic', align_corners=False)[:, 0]
 
-# %% ../../nbs/explain/51_gradcam.ipynb #991fc596
+# %% ../../nbs/explain/51_gradcam.ipynb #d8c6a8d3
 def box_scores(
     heat: Tensor,          # a map as large as the picture `(height width)`
     boxes: Tensor,         # left, top, width, height in pixels `(k 4)`
@@ -82,6 +82,7 @@ def box_scores(
     "Heat inside each box over its area to a power"
     def score(x, y, w, h):
         left, top, right, bottom = (max(int(n), 0) for n in (x, y, x + w, y + h))
+        if w <= 0 or h <= 0: return heat.new_tensor(-torch.inf)                 # no box at all
         return heat[top:bottom, left:right].sum()/(w*h)**exponent
     return torch.stack([score(*box) for box in boxes.tolist()])
 

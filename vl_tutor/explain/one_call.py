@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'READINGS', 'TABLE', 'TURN', 'at_rest', 'record_tokens', 'gradients_ref', 'gradients', 'side_by_side',
-           'Explanation', 'known', 'case_of', 'bare_case', 'run_watched', 'explain']
+           'Explanation', 'known', 'one_of', 'case_of', 'bare_case', 'shape_of', 'run_watched', 'explain']
 
-# %% ../../nbs/explain/51_one_call.ipynb #6646231a
+# %% ../../nbs/explain/51_one_call.ipynb #c04be90a
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from threading import RLock, get_ident
 import torch
 from einops import einsum, rearrange
@@ -21,12 +22,14 @@ from .gradcam import attention_gradcam, gradcam
 from ..primitives.attention import record
 from ..primitives.layout import Case, Layout, Look
 
-# %% ../../nbs/explain/51_one_call.ipynb #71a1ebc4
+# %% ../../nbs/explain/51_one_call.ipynb #954c547a
 @contextmanager
 def at_rest(
     model: nn.Module,
 ):
     "Evaluation mode, no parameter takes gradient, autograd is on; on leaving all is as it was"
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError('a model that was made under torch.inference_mode() has no gradients: make it outside')
     modes = {part: part.training for part in model.modules()}
     learning = {p: p.requires_grad for p in model.parameters()}
     try:
@@ -135,7 +138,7 @@ class Explanation:
         if isinstance(which, int) and 0 <= which < len(self.labels): return which
         raise ValueError(f'no label {which!r}; choose from {", ".join(self.labels)}')
 
-# %% ../../nbs/explain/51_one_call.ipynb #7fd2fd3c
+# %% ../../nbs/explain/51_one_call.ipynb #88646416
 @patch
 def climb(self: Explanation,
     of: str,              # 'weights' or 'tokens'
@@ -149,13 +152,12 @@ def climb(self: Explanation,
         scores = self.scores if rows == 1 else self.scores.sum()[None]    # rows do not hear each other
         try: found = gradients(scores, [getattr(self, of)[k] for k in new])
         except RuntimeError as error:
-            if 'inplace' not in str(error): raise
             raise ValueError('the model has changed since it was run: explain it again') from error
     for k, g in zip(new, found):
         g = side_by_side(g, rows, of == 'weights')
         self.slopes[of, k] = (g[:, 0] if rows == 1 else g[0]).float().cpu()
 
-# %% ../../nbs/explain/51_one_call.ipynb #dcd9c85d
+# %% ../../nbs/explain/51_one_call.ipynb #fd66f4fb
 @patch
 def slope(self: Explanation,
     of: str,              # 'weights' or 'tokens'
@@ -174,17 +176,26 @@ def table(self: Explanation,
     "One look as one table"
     a = side_by_side(self.weights[k].detach(), self.case.rows, True).float().cpu()
     if method not in READINGS: raise ValueError(f"one look is read by {list(READINGS)}, not by {method!r}")
-    if head is not None and not 0 <= head < a.shape[1]: raise ValueError(f'head {head} of {a.shape[1]}')
+    if head is not None and head not in range(a.shape[1]): raise ValueError(f'head {head} of {a.shape[1]}')
     take = slice(None) if head is None else slice(head, head + 1)
     return READINGS[method](a[:, take], None if method == 'attention' else self.slope('weights', k)[:, take])
 
-# %% ../../nbs/explain/51_one_call.ipynb #33e43d2c
+# %% ../../nbs/explain/51_one_call.ipynb #98196050
 def known(
     method: str,
 ) -> str:     # the same; ValueError with the names of all methods if it is none
     "A method by its name"
     if method not in METHODS: raise ValueError(f'no method {method!r}; choose from {", ".join(METHODS)}')
     return method
+
+def one_of(
+    which: int,    # counted from 0, or from -1 at the end
+    n: int,        # how many there are
+    what: str,     # for the sentence, in the singular
+) -> int:          # the same
+    "A number that stands for something; ValueError if it does not"
+    if isinstance(which, int) and -n <= which < n: return which
+    raise ValueError(f'{what}s 0 to {n - 1}, not {which!r}')
 
 @patch
 def origin(self: Explanation,
@@ -214,11 +225,9 @@ def picked(self: Explanation, method: str, kind: str, layer: int|None) -> list[i
     found = self.readers(method, kind)
     if not found: raise ValueError(f'{method}: no recorded look leads to {kind!r} tokens')
     if layer is None: return found[-1:] if method == 'gradcam' else found
-    if not -len(found) <= layer < len(found):
-        raise ValueError(f'{method} has layers 0 to {len(found) - 1}, not {layer}')
-    return [found[layer]]
+    return [found[one_of(layer, len(found), f'{method} has layer')]]
 
-# %% ../../nbs/explain/51_one_call.ipynb #7bae0e23
+# %% ../../nbs/explain/51_one_call.ipynb #83b305d7
 @patch
 def flow(self: Explanation,
     method: str='relevance',     # or 'rollout'
@@ -228,7 +237,10 @@ def flow(self: Explanation,
 ) -> dict[str, dict[str, Tensor]]:   # stream → origin stream → `(t n m)`
     "How much of each token of the beginning is in each token at the end"
     if method not in TABLE: raise ValueError(f'a flow is a {" or a ".join(TABLE)}, not a {method!r}')
-    ks = list(range(len(self.looks)))[-depth if depth else None:]
+    n = len(self.looks)
+    if depth is not None and depth not in range(1, n + 1):
+        raise ValueError(f'{method} has depths 1 to {n}, not {depth!r}')
+    ks = list(range(n))[-(depth or n):]
     if method == 'relevance': self.climb('weights', ks)
     tables = [(self.looks[k], self.table(TABLE[method], k, head)) for k in ks]
     if method == 'rollout': return rollout(tables, self.layout, [self.gates[k] for k in ks])
@@ -247,7 +259,7 @@ def between(self: Explanation,
     wanted = lambda l: source in l.answers if asks == source else set(l.answers) != {asks}
     own = [k for k, l in enumerate(self.looks) if l.asks == asks and wanted(l)]
     if not own: raise ValueError(f'no look leads from {asks!r} to {source!r}')
-    if layer is not None: own = [own[layer]]
+    if layer is not None: own = [own[one_of(layer, len(own), f'{method} has layer')]]
     chosen = own + [k for k, l in enumerate(self.looks) if l.asks != asks and asks != source]
     if method != 'attention': self.climb('weights', chosen)
     if asks == source:
@@ -290,7 +302,7 @@ def reach(self: Explanation,
         table = torch.stack([t if own else t.sum(1, keepdim=True) for t in found]).mean(0)[..., columns]
     return self.read(table, asks, method)
 
-# %% ../../nbs/explain/51_one_call.ipynb #9f9d3dac
+# %% ../../nbs/explain/51_one_call.ipynb #c66564dc
 @patch
 def read(self: Explanation,
     table: Tensor,     # `(t n m)`; one row only where rows mean nothing
@@ -314,11 +326,12 @@ def maps(self: Explanation,
     **how,                      # layer, head, depth: see `reach`
 ) -> Tensor:                    # `(labels rows columns)`, none negative
     "Where in the picture each label comes from"
-    found, spans = self.reach(method, 'image', **how), [s for _, s in self.layout.spans('image')]
+    found, source = self.reach(method, 'image', **how), self.layout.stream_of('image')
+    spans = [s for stream, s in self.layout.spans('image') if stream == source]
     frames = found.unflatten(1, (len(spans), *spans[0].grid))                       # (labels f r c)
-    return frames.sum(1) if frame is None else frames[:, frame]
+    return frames.sum(1) if frame is None else frames[:, one_of(frame, len(spans), 'the video has frame')]
 
-# %% ../../nbs/explain/51_one_call.ipynb #8f5a49b6
+# %% ../../nbs/explain/51_one_call.ipynb #bb1b545c
 def case_of(
     model,             # see `explain`
     image, text, target,
@@ -344,17 +357,36 @@ def bare_case(
     labels: list[str]|None=None,               # a name for each score
 ) -> Case:
     "Any model that says what its streams are made of"
+    if not isinstance(image, Tensor) or image.ndim < 2 or len(image) != 1:
+        raise ValueError(f'a bare model reads one row of pixels (1 3 h w), not {shape_of(image)}')
+    if not isinstance(text, Tensor) or text.ndim < 2 or len(text) != 1:
+        raise ValueError(f'a bare model reads one row of ids (1 n), not {shape_of(text)}')
     frames = dict(frames=image.shape[1]) if image.ndim == 5 and image.shape[1] > 1 else {}
+    if frames and 'frames' not in signature(model.layout).parameters:
+        raise ValueError(f'{type(model).__name__} reads single pictures, not a clip {tuple(image.shape)}')
     layout = model.layout(words=text.shape[1], **frames)
     (stream, span), *_ = layout.spans('text')
     if labels is None:
-        with torch.no_grad(): labels = [f'score {i}' for i in range(len(target(model, image, text)))]
+        with torch.no_grad(): found = target(model, image, text)
+        if not isinstance(found, Tensor) or found.ndim != 1:
+            raise ValueError(f'target returns scores (t), not {shape_of(found)}')
+        labels = [f'score {i}' for i in range(len(found))]
     origins = origins or [{stream: span.start}]*len(labels)
-    if len(origins) != len(labels): raise ValueError(f'{len(labels)} labels but {len(origins)} origins')
+    if not labels or len(origins) != len(labels) or not all(origins):
+        raise ValueError(f'{len(labels)} labels but {len(origins)} origins')
+    for stream, at in (place for origin in origins for place in origin.items()):
+        if stream not in layout.streams or at not in range(layout.length(stream)):
+            raise ValueError(f'no token {at} in a stream {stream!r}; streams: {", ".join(layout.streams)}')
     return Case(model, layout, lambda: target(model, image, text), labels, origins, list(range(len(labels))),
-                picture=image)
+                picture=image.flatten(0, -4)[0] if image.ndim > 3 else None)
 
-# %% ../../nbs/explain/51_one_call.ipynb #2cd269e5
+def shape_of(
+    x,        # anything
+) -> str:     # for a sentence
+    "The shape of a tensor, the kind of anything else"
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+
+# %% ../../nbs/explain/51_one_call.ipynb #8874a98e
 TURN = RLock()    # threads that share a model ask one after the other
 
 def run_watched(
@@ -367,13 +399,14 @@ def run_watched(
     with watch(case.model, True, {l.path for l in looks}) as seen, \
          record_tokens(case.model, {l.norm for l in looks if l.norm}) as tokens:
         scores = case.run()
-    if scores.shape != (n := max(case.scores) + 1,):
-        raise ValueError(f'scores are ({n}), one for each label, not {tuple(scores.shape)}')
+    n = max(case.scores) + 1
+    if not isinstance(scores, Tensor) or scores.shape != (n,):
+        raise ValueError(f'scores are ({n}), one for each label, not {shape_of(scores)}')
     gate = lambda l: case.model.get_parameter(l.gate).detach().tanh().abs().item() if l.gate else 1.
     return Explanation(case, scores, looks, [seen.calls(l.path)[l.call] for l in looks],
         [tokens[l.norm][l.call] if l.norm else None for l in looks], [gate(l) for l in looks])
 
-# %% ../../nbs/explain/51_one_call.ipynb #58da0675
+# %% ../../nbs/explain/51_one_call.ipynb #61029669
 def explain(
     model,                    # a tool, a model with a layout, a `Case`, or transformers' CLIP, ViLT or BLIP
     image=None,               # what the model reads: a picture, or pixels for a bare model
@@ -386,7 +419,7 @@ def explain(
     "One forward pass with everybody watched; methods, layers and heads are chosen when reading the result"
     body = model if isinstance(model, nn.Module) else getattr(model, 'model', None)
     with TURN, ExitStack() as calm:
-        if body: calm.enter_context(at_rest(body))
+        if body is not None: calm.enter_context(at_rest(body))
         case = case_of(model, image, text, target, **more)
         if case.model is not body: calm.enter_context(at_rest(case.model))
         return run_watched(case, [l for i, l in enumerate(case.layout.looks) if looks is None or i in looks])

@@ -133,7 +133,7 @@ def finish(self: CaptionTool,
     mean, text = score.mean().item() if len(score) else 0., self.tokenizer.text
     return Caption(text(words).strip(), [text([w]).strip() for w in words], words, mean, looked)
 
-# %% ../../nbs/recipes/48_train_captioner.ipynb #0f10c678
+# %% ../../nbs/recipes/48_train_captioner.ipynb #8d4b89d2
 @patch
 def case(self: CaptionTool,
     image,                   # one: PIL picture, path, or uint8 tensor `(3 s s)`
@@ -142,11 +142,14 @@ def case(self: CaptionTool,
 ) -> Case:
     "One picture and one caption, ready to be explained word by word"
     if target not in (None, 'words'): raise ValueError(f"a captioner explains its 'words', not {target!r}")
-    if text is not None and not text.strip(): raise ValueError('an empty caption: nothing to explain')
-    c, video = self.model.config.text, self.video([image])
+    if text is not None and not isinstance(text, str): raise ValueError(f'a caption is a text, not {text!r}')
+    c, video = self.model.config.text, self.video([image]).to(self.model.vision.positions.dtype)
     words = self.caption([image])[0].ids if text is None else [
         i for i in self.tokenizer.encode([text])[0][0].tolist() if i not in (c.bos_id, c.eos_id)]
+    if not words and text is not None: raise ValueError(f'no word in the caption {text!r}: nothing to explain')
     if not words: raise ValueError('the model has nothing to say about this picture')
+    if len(words) + 2 > c.positions:
+        raise ValueError(f'a caption of {len(words)} words; the language model reads {c.positions - 2}')
     return self.written(video, words)
 
 @patch

@@ -42,7 +42,7 @@ def tidy(
     for mark in '?.,!;:': text = text.replace(mark, f' {mark} ')
     return ' '.join(text.replace('[MASK]', '<mask>').lower().split())
 
-# %% ../../nbs/recipes/54_vlc.ipynb #47ff9622
+# %% ../../nbs/recipes/54_vlc.ipynb #368829a9
 @dataclass
 class VLCTool:
     "A VLC with all it needs to go from picture files and sentences to answers"
@@ -70,7 +70,8 @@ class VLCTool:
         longest = self.model.config.text_len
         if ids.shape[1] > longest:
             worst = texts[int(mask.sum(1).argmax())]
-            raise ValueError(f'{worst!r} has {ids.shape[1]} tokens, but the model reads at most {longest}')
+            name = worst if len(worst) <= 60 else worst[:60] + '…'
+            raise ValueError(f'{name!r} has {ids.shape[1]} tokens, but the model reads at most {longest}')
         return ids, mask
 
 # %% ../../nbs/recipes/54_vlc.ipynb #2f80da96
@@ -178,7 +179,7 @@ def word_maps(self: VLCTool,
     words = [i for i, k in enumerate(ids[0].tolist()) if k not in self.tokenizer.special_ids]
     return self.tokenizer.tokens(ids[0, words]), maps[words]
 
-# %% ../../nbs/recipes/54_vlc.ipynb #064e4c58
+# %% ../../nbs/recipes/54_vlc.ipynb #e0ba11f0
 TARGETS = dict(match='itm', rank='rank', answer='vqa')    # what a whole text is scored for, by which head
 
 @patch
@@ -187,9 +188,11 @@ def case(self: VLCTool,
     text: str,               # a caption, or a question
     target: str|None=None,   # 'words' (None too): each word, hidden; 'match', 'rank', 'answer'; or an answer
 ) -> Case:
-    "One picture and one text, ready to be explained"
-    (ids, mask), image = self.texts([text]), self.images([picture])
+    "One picture and one text, ready to be explained; ValueError where there is no word"
+    if not isinstance(text, str): raise ValueError(f'VLC explains a caption or a question, not {text!r}')
+    (ids, mask), image = self.texts([text]), self.images([picture]).to(self.model.modality.weight.dtype)
     places = [i for i, k in enumerate(ids[0].tolist()) if k not in self.tokenizer.special_ids]
+    if not places: raise ValueError(f'{text!r} has no word that the model knows: nothing to explain')
     words, layout = self.tokenizer.tokens(ids[0, places]), self.model.layout(words=ids.shape[1])
     at = [dict(joint=p) for p in places]
     if target in (None, 'words'):

@@ -207,15 +207,17 @@ def save_model(
     write_whole(folder/'card.json', lambda p: p.write_text(text, encoding='utf-8'))
     return folder
 
-# %% ../../nbs/training/34_checkpoints.ipynb #6e33a29b
+# %% ../../nbs/training/34_checkpoints.ipynb #af2af3ab
 def read_card(
     folder: str|Path,   # of `save_model`
 ) -> dict:
     "The JSON card beside the weights"
     path = Path(folder)/'card.json'
     if not path.is_file(): raise ValueError(f'{path} does not exist')
-    try: return json.loads(path.read_text(encoding='utf-8'))
+    try: card = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path} is not JSON: {e}') from None
+    if not isinstance(card, dict): raise ValueError(f'{path} holds no card, which is a JSON object')
+    return card
 
 def load_model(
     folder: str|Path,          # of `save_model`
