@@ -166,6 +166,7 @@ def test_nothing_to_point_at(run, scene, weights):
     (['{p}', TEXT, '--word', 'green'], ['--word green', 'red', 'ring', '0 to 7']), (['{p}', TEXT, '--word', '8'], ['--word 8']), (['{p}', TEXT, '--word', '-1'], ['--word -1']),
     (['{p}', TEXT, '--layer', '5'], ['layers 0 to 1', '5']), (['{p}', TEXT, '--head', '9'], ['--head 9', 'heads 0 to 2']), (['{p}', TEXT, '--method', 'rollout', '--layer', '0'], ['--layer 0', 'rollout', 'all layers']),
     (['{p}', TEXT, '--method', 'gradcam', '--head', '0'], ['--head 0', 'gradcam']), (['{p}', '--out', 'why.jpg'], ['--out', 'why.jpg', '.png']), (['{p}', '--out', 'no/such/why.png'], ['--out', 'no/such', 'does not exist']),
+    (['{p}', '--out', '{p}'], ['--out', 'written over']), (['{p}', '--out', 'a'*300 + '.png'], ['--out', 'cannot be written']), (['{p}', '<bos>'], ['no word in the caption']), (['{p}', 'red '*99], ['caption of 99 words']),
     (['{p}', '--weights', 'no/such'], ['--weights', 'no/such', 'does not exist']), (['{p}', QUESTION, '--system', 'answer', '--weights', 'no/such'], ['--weights', 'no/such', 'does not exist']),
     (['{p}', '--layer', 'two'], ['--layer', 'integer']), ([], ['PICTURE'])], ids=lambda v: ' '.join(v)[:40] if isinstance(v, list) and len(v) > 1 else '')
 def test_one_sentence(run, scene, open_weights, tmp_path, monkeypatch, args, words):

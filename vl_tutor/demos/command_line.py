@@ -115,11 +115,12 @@ def decoding_options(
     numbers = dict(width=beam, temperature=temperature, top_p=top_p, max_words=max_words, seed=seed)
     return dict(decoding=DECODINGS[decoding], **numbers)
 
-# %% ../../nbs/demos/69_command_line.ipynb #87ab1809
+# %% ../../nbs/demos/69_command_line.ipynb #b86e7340
 def writable(
     path: Path|None,     # of a file to be written
     option: str,         # that asked for it
     suffix: str,         # it must have
+    read: list=(),       # pictures that are read: none of them is written over
 ) -> Path|None:          # the same
     "Refuse a place where a file cannot be written, before the work is done"
     if path is None: return None
@@ -128,6 +129,8 @@ def writable(
     try:
         if path.is_dir(): raise ValueError(f'{option} {path} is a folder')
         there = path.exists()
+        if there and any(Path(p).exists() and path.samefile(p) for p in read):
+            raise ValueError(f'{option} {path} is the picture itself: it would be written over')
         path.open('ab').close()
         if not there: path.unlink()
     except OSError as e: raise ValueError(f'{option} {path}: cannot be written ({e.strerror})') from None
@@ -174,7 +177,7 @@ certain, -2.3 is one chance in ten.
   vl-tutor caption scene.png --maps where.png      (where it looked, word by word)
   vl-tutor caption photo.jpg --vision clip/ --language gpt2/ --checkpoint captioner.ckpt"""
 
-# %% ../../nbs/demos/69_command_line.ipynb #36fc2eb9
+# %% ../../nbs/demos/69_command_line.ipynb #44a4051c
 @app.command(help=CAPTION)
 def caption(
     files: Annotated[list[Path], typer.Argument(metavar='FILE...', help='JPEG, PNG, WebP or BMP.')],
@@ -193,7 +196,7 @@ def caption(
 ):
     how = decoding_options(decoding, beam, temperature, top_p, max_words, seed)
     pictures = open_pictures(files)
-    writable(maps, '--maps', '.png')
+    writable(maps, '--maps', '.png', files)
     tool = open_tool(weights, vision, language, checkpoint)
     rows = [pictures[k:k + 16] for k in range(0, len(pictures), 16)]
     said = [c for row in steps(rows, 'captioning') for c in tool.caption(row, maps=maps is not None, **how)]

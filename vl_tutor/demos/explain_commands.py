@@ -73,14 +73,14 @@ def open_system(
     if text is None: raise ValueError('--system answer needs a question, in quotes after the picture')
     return open_vlc(weights), target or 'answer'
 
-# %% ../../nbs/demos/66_explain_commands.ipynb #02ab6561
+# %% ../../nbs/demos/66_explain_commands.ipynb #70b94a20
 def explained(
     ex,                 # an `Explanation`
     how: dict,          # method, and what it is narrowed to
     chosen: list[int],  # places of the labels
 ) -> list[dict]:        # a row for each
     "All that was found, in plain numbers; every map sums to 1"
-    heads = min(ex.weights[k].shape[-3] for k in ex.readers(how['method']))
+    heads = min(ex.weights[k].shape[-3] for k in ex.picked(how['method'], 'image', None))
     if how.get('head', 0) not in range(heads):
         raise ValueError(f'--head {how["head"]}: this attention has heads 0 to {heads - 1}')
     maps, scores = ex.maps(**how), [ex.scores[k].item() for k in ex.case.scores]
@@ -103,7 +103,7 @@ def told(
     scored = [f'{whole} {rows[0]["score"]:.3f}']*bool(whole)
     return [title, ', '.join(how + scored), 'probability'*(not whole) + '  row column  share  word', *lines]
 
-# %% ../../nbs/demos/66_explain_commands.ipynb #0bf83a42
+# %% ../../nbs/demos/66_explain_commands.ipynb #66e100d7
 EXPLAIN = """Say why: the part of a picture that each word, or an answer, came from.
 
 [bold]--system caption[/] explains how the captioner came to each word; without a
@@ -136,7 +136,7 @@ whole maps and the raw scores.
 
 explain_app = typer.Typer(rich_markup_mode='rich')
 
-# %% ../../nbs/demos/66_explain_commands.ipynb #97954392
+# %% ../../nbs/demos/66_explain_commands.ipynb #72b5fa1d
 @explain_app.command('explain', help=EXPLAIN)
 def explain_picture(
     picture: Annotated[Path, typer.Argument(metavar='PICTURE', help='JPEG, PNG, WebP or BMP.')],
@@ -153,7 +153,7 @@ def explain_picture(
 ):
     from vl_tutor.demos.command_line import note, open_pictures, say, writable
     if text is not None and not text.strip(): raise ValueError('the text is empty')
-    (image,), _ = open_pictures([picture]), writable(out, '--out', '.png')
+    (image,), _ = open_pictures([picture]), writable(out, '--out', '.png', [picture])
     tool, target = open_system(system, weights, text, target)
     best = tool.pointing() if system == 'caption' else tool.pointing(target)
     from vl_tutor.explain.one_call import explain

@@ -164,11 +164,11 @@ def written(self: CaptionTool,
         [self.tokenizer.text([w]).strip() for w in words], [dict(text=j) for j in at.tolist()],
         list(range(len(words))), picture=video[0, 0])
 
-# %% ../../nbs/recipes/48_train_captioner.ipynb #219001da
+# %% ../../nbs/recipes/48_train_captioner.ipynb #e72e3ac7
 @patch
 def pointing(self: CaptionTool) -> dict:    # for `Explanation.maps`
     "The reading that points best: what the last gated block looked at, through the latents"
-    return dict(method='attention', layer=-1)
+    return dict(method='attention', layer=-1) if self.model.resampler else dict(method='gradcam')
 
 @patch
 def where(self: CaptionTool,
