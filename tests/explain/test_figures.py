@@ -1,5 +1,6 @@
 "Pictures of explanations: what the pixels and the lines say is what the maps say"
 import io
+from dataclasses import replace
 import numpy as np
 import pytest
 import torch
@@ -42,9 +43,7 @@ def film():
     words = torch.tensor([[1, 4, 5, 6]])
     run = lambda m, video, ids: m(video, ids)[0].log_softmax(-1)[torch.arange(1, 4), ids[0, 1:]]
     video = torch.randn(1, 3, 3, 16, 16)
-    ex = explain(model, video, words, run, labels=['x', 'y', 'z'], origins=[dict(text=3 + k) for k in range(3)])
-    ex.case.picture = video[0, 1]
-    return ex
+    return explain(model, video, words, run, labels=['x', 'y', 'z'], origins=[dict(text=3 + k) for k in range(3)])
 
 
 def png(figure):
@@ -179,6 +178,9 @@ def test_a_method_that_has_no_map_says_so(said):
 def test_shares_have_mean_one_and_an_empty_map_stays_empty(said):
     times = times_even(said, 'attention')
     assert torch.allclose(times.mean((1, 2)), torch.ones(len(said.labels)), atol=1e-5)
+    class Half:
+        def maps(self, method, **how): return torch.stack([torch.zeros(2, 2), torch.eye(2)*1e-9])
+    assert torch.equal(times_even(Half())[0], torch.zeros(2, 2)) and torch.allclose(times_even(Half())[1], 2*torch.eye(2))
 
 
 def test_bars_of_a_patch_are_its_column(hidden):
@@ -200,7 +202,30 @@ def test_tokens_have_the_names_of_the_words(said, hidden, match):
     assert token_names(said) == ['·', *words] and token_names(hidden) == token_names(match) == ['·', *words, '·']
 
 
-def clip():
+@pytest.mark.parametrize('told', [True, False])
+@pytest.mark.parametrize('load, target, want', [(load_captioner, 'words', ['·', 'ring']), (load_vlc, 'words', ['·', 'ring', '·']),
+                                                (load_vlc, 'match', ['·', 'ring', '·'])])
+def test_one_word_has_its_name_at_its_place(load, target, want, told):
+    ex = explain(load(), IMAGE, 'ring', target)
+    if not told: ex.case.names = None
+    assert token_names(ex) == want
+
+
+def test_a_case_names_its_tokens(said):
+    ex = explain(said.case)
+    ex.case = replace(ex.case, names=[f'${i}' for i in range(11)])
+    assert token_names(ex) == ex.case.names
+    assert [t.get_text() for t in show_text(ex).axes[0].get_xticklabels()] == ex.case.names and png(show_text(ex)).std() > 5
+
+
+@pytest.mark.parametrize('origins', [[dict(media=0), dict(media=1), dict(media=2)], [dict(text=3)]*3])
+def test_labels_read_elsewhere_or_all_at_one_place_name_no_token(origins):
+    ex = film()
+    ex.case.origins = origins
+    assert token_names(ex) == ['·']*4
+
+
+def clip(ids=(0, 5, 6, 7, 63), target='match'):
     "A small CLIP of transformers: every word is read at the end of the text"
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
     torch.manual_seed(0)
@@ -208,7 +233,7 @@ def clip():
     text = CLIPTextConfig(**sizes, vocab_size=64, max_position_embeddings=16, bos_token_id=0, eos_token_id=63, pad_token_id=1)
     eye = CLIPVisionConfig(**sizes, image_size=24, patch_size=8)
     model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=eye.to_dict(), projection_dim=8)).eval()
-    return explain(model, torch.randn(1, 3, 24, 24), torch.tensor([[0, 5, 6, 7, 63]]), 'match')
+    return explain(model, torch.randn(1, 3, 24, 24), torch.tensor([ids]), target)
 
 
 def test_clip_of_transformers_is_drawn_as_well():
@@ -216,6 +241,10 @@ def test_clip_of_transformers_is_drawn_as_well():
     assert token_names(ex) == ['·', '5', '6', '7', '·']
     assert carried(ex, 0)[0].shape == (1, 3, 3) and len(carried(ex, 0)[1]) == 5
     for fig in (show_explanation(ex), show_text(ex), show_flow(ex), show_patch(ex, 0, 2), show_methods(ex, 0)): assert png(fig).std() > 5
+
+
+@pytest.mark.parametrize('target', ['match', 'words'])
+def test_one_word_of_clip(target): assert token_names(clip((0, 7, 63), target)) == ['·', '7', '·']
 
 
 def test_scores_that_are_no_words_name_no_token():
@@ -257,6 +286,16 @@ def test_ways_of_a_film_are_summed_over_frames():
     assert heard[-1] == 0 and heard[0] > 0                                     # the last word is not read to write it
 
 
+def test_layer_and_head_choose_patches_and_the_figure_says_that_words_are_the_mean(said, hidden):
+    for ex in (said, hidden):
+        plain, chosen = carried(ex, 3), carried(ex, 3, layer=1, head=2)
+        assert (plain[0] - chosen[0]).abs().max() > 1e-3
+        for _, heard in (plain, chosen): assert torch.equal(heard, ex.reach('attention', 'text')[3])
+        title = show_flow(ex, 3, layer=1, head=2).axes[0].get_title(loc='left')
+        assert 'layer 1, head 2' in title and 'words: mean of all layers' in title
+        assert 'mean' not in show_flow(ex, 3).axes[0].get_title(loc='left')
+
+
 def widths(fig, kind): return [l.get_linewidth() for l in fig.axes[0].lines if l.get_color() == PALETTE[kind] and l.get_linestyle() == '-']
 
 
@@ -276,6 +315,26 @@ def test_without_latents_patches_speak_at_once(hidden):
 
 def test_wrong_use_is_told(said):
     with pytest.raises(ValueError, match='no label'): show_flow(said, 'blue')
+    for across in (0, -1, 2.5):
+        with pytest.raises(ValueError, match='number of pictures'): show_explanation(said, across=across)
+    with pytest.raises(ValueError, match='nothing to show'): show_explanation(said, words=[])
+    for boxes in ([0, 0, 9, 9], [[1, 2, 3]], torch.ones(1, 1, 4)):
+        for draw in (show_explanation, show_methods):
+            with pytest.raises(ValueError, match=r'boxes are \(o 4\)'): draw(said, boxes=boxes)
+
+
+def test_a_model_that_has_changed_is_told_and_not_drawn_around():
+    ex = changed()
+    with pytest.raises(ValueError, match='model has changed'): show_methods(ex, 0)
+
+
+def changed():
+    "An explanation whose model took a step before any gradient was read"
+    tool = load_vlc()
+    ex = explain(tool, IMAGE, TEXT)
+    with torch.no_grad():
+        for p in tool.model.parameters(): p.mul_(2)
+    return ex
 
 
 # ---- ears ----

@@ -8,6 +8,7 @@ from vl_tutor.explain.one_call import METHODS, explain
 from vl_tutor.explain.standings import (ENTRANTS, SURVEY, SYSTEMS, Entrant, ask_captions, ask_things, blind_captioner, choose_ways,
                                         mean_and_error, pointing_rows, read_standings, record_standings, run_entrant, score_picture,
                                         thing_asked, tools_of, ways)
+from vl_tutor.explain.scoring import centre_map, pointing_game
 from vl_tutor.recipes.captioner import load_captioner
 from vl_tutor.recipes.vlc import load_vlc
 from vl_tutor.world.questions import read_question
@@ -87,9 +88,11 @@ def test_truth_noise_and_middle_answer_as_they_must():
     full = score_picture(tool, tool, a, target, chosen, 0, True)
     assert set(cheap) == {*METHODS, 'noise', 'centre', 'truth'} and set(cheap['noise']) == {'own', 'other', 'iou'}
     assert (full['truth']['own'], full['truth']['other']) == (1, 0) and full['truth']['iou'] < 1
-    assert full['centre']['own'] == full['centre']['other'] or full['centre']['own'] < 1
+    (_, whose), hits = pointing_rows(explain(tool, a.picture, a.text, target), target), pointing_game(centre_map(2, (6, 6)), a.boxes)
+    assert hits.tolist() == [.25, 0] and (full['centre']['own'], full['centre']['other']) == (hits[whose].mean(), hits[1 - whose].mean())
     for m in METHODS: assert full[m]['sanity'] == pytest.approx(1, abs=1e-4) and cheap[m]['own'] == full[m]['own']
-    assert abs(full['noise']['sanity']) < .5 and 0 <= full['relevance']['deletion'] <= full['relevance']['insertion'] + 1
+    assert abs(full['noise']['sanity']) < .5
+    for m in ('relevance', 'truth'): assert 0 < full[m]['deletion'] < full['noise']['deletion'] < full['noise']['insertion'] < full[m]['insertion'] < 1
 
 
 def test_the_blind_captioner_keeps_its_towers_and_its_seed():

@@ -1,4 +1,5 @@
 "CLIP, ViLT and BLIP of transformers under explain(): our own VLC, output_attentions and autograd by hand as oracles; nothing left behind; words and pictures through processors."
+from threading import Thread
 import numpy as np
 import pytest
 import torch
@@ -293,6 +294,35 @@ def test_two_recordings_of_two_models_do_not_mix():
         two.vision_model(PIXELS[None])
     assert len(a.calls(path)) == len(b.calls(path)) == 1 and (a[path] - b[path]).abs().max() > 1e-4
     same(a[path].sum(-1), torch.ones(1, 3, 10))
+
+
+@pytest.mark.parametrize('name, watch, path', [
+    ('CLIPModel', record_interface, 'vision_model.encoder.layers.0.self_attn'),
+    ('ViltForQuestionAnswering', record_dropouts, 'vilt.encoder.layer.0.attention.attention')])
+def test_what_other_threads_run_is_not_recorded(name, watch, path):
+    model = build(name).eval()
+    ask = lambda px: model(input_ids=IDS, pixel_values=px[None], **dict(pixel_mask=torch.ones(1, 12, 12)) if 'Vilt' in name else {})
+    with torch.no_grad(), watch(model, only={path}) as seen:
+        other = Thread(target=lambda: ask(PIXELS*2))
+        other.start(); other.join()
+        assert not len(seen)
+        ask(PIXELS)
+    assert len(seen.calls(path)) == 1
+    with torch.no_grad(), watch(model, only={path}) as alone: ask(PIXELS)
+    if name == 'CLIPModel': same(seen[path], alone[path], 1e-6)           # ViLT draws the order of its patches by lot
+
+
+# ---- names of tokens ----
+
+@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('ids', [IDS, IDS[:, [0, 1, 5]]])
+def test_every_text_token_has_its_own_name(name, ids, saved):
+    target = dict(target=torch.tensor([[1, 11, 12, 29]])) if name == 'BlipForQuestionAnswering' else asked(name)
+    case = transformers_case(saved[name], PIXELS, ids, **target)
+    (_, span), = case.layout.spans('text')
+    words = [str(i) for i in ids[0, 1:-1].tolist()]
+    assert len(case.names) == span.stop - span.start
+    assert case.names == (['·', *words[:-1]] if name == 'BlipForConditionalGeneration' else ['·', *words, '·'])
 
 
 # ---- words and pictures through processors ----

@@ -127,6 +127,17 @@ def test_usable_leaves_out_what_has_no_map(said):
     with pytest.raises(ValueError, match='no map by'): Viewer(said, method='magic')
 
 
+@pytest.mark.parametrize('method', [None, 'relevance', 'gradient'])
+def test_a_model_that_has_changed_is_told(method):
+    from test_figures import changed
+    ex = changed()
+    viewer = Viewer(ex, method=method)
+    assert viewer.told.value == 'the model has changed since it was run: explain it again'
+    assert np.array(Image.open(io.BytesIO(viewer.map.value)).convert('L')).min() == 255
+    viewer.method.value = 'attention'
+    assert shown(viewer) == by_hand(viewer) and 'changed' not in viewer.told.value
+
+
 def test_knobs(said, hidden):
     assert knobs(said, 'attention') == dict(layers=2, heads=4, looks=0) and knobs(said, 'gradcam') == dict(layers=4, heads=0, looks=0)
     for method in TABLE: assert knobs(hidden, method) == dict(layers=0, heads=4, looks=6)

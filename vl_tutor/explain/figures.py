@@ -63,7 +63,7 @@ def framed(
     path = ([left, right, right, left, left], [top, top, bottom, bottom, top])
     for colour, thick in (('k', 2*width), ('w', width)): ax.plot(*path, color=colour, lw=thick, clip_on=False)
 
-# %% ../../nbs/explain/52_figures.ipynb #5b3a92b3
+# %% ../../nbs/explain/52_figures.ipynb #78033f45
 def size_bar(
     ax,              # matplotlib axes with a picture
     share: float,    # 0 to 1
@@ -81,8 +81,10 @@ def show_boxes(
     size: tuple[int, int],     # height and width of the picture, in pixels
 ):
     "Where things really are: dashed frames"
+    boxes = torch.as_tensor(boxes)
+    if boxes.ndim != 2 or boxes.shape[1] != 4: raise ValueError(f'boxes are (o 4), not {tuple(boxes.shape)}')
     y, x = grid[0]/size[0], grid[1]/size[1]
-    for left, top, right, bottom in torch.as_tensor(boxes).tolist():
+    for left, top, right, bottom in boxes.tolist():
         ax.plot([left*x, right*x, right*x, left*x, left*x], [top*y, top*y, bottom*y, bottom*y, top*y],
                 color='w', lw=1, ls=(0, (2, 2)))
 
@@ -91,9 +93,10 @@ def title_of(
     i: int,          # number of the label
 ) -> dict:           # for `set_title`
     "Words in the colour of text, the score of a whole text in black"
-    return dict(label=ex.labels[i], fontsize=10, color='k' if i < ex.case.whole else PALETTE['text'])
+    colour = 'k' if i < ex.case.whole else PALETTE['text']
+    return dict(label=ex.labels[i], parse_math=False, fontsize=10, color=colour)
 
-# %% ../../nbs/explain/52_figures.ipynb #3fcd8d6c
+# %% ../../nbs/explain/52_figures.ipynb #2a0bfc59
 def show_explanation(
     ex: Explanation,
     method: str='relevance',   # a key of `METHODS`
@@ -107,6 +110,8 @@ def show_explanation(
 ) -> Figure:
     "A word strip: for every word the picture, clear where the word comes from"
     chosen = list(range(len(ex.labels))) if words is None else [ex.label(w) for w in words]
+    if not chosen: raise ValueError('words=[] leaves nothing to show; None stands for all')
+    if across not in range(1, 1000): raise ValueError(f'across is a number of pictures, not {across!r}')
     seen = seen_pixels(ex.case.picture if picture is None else picture)
     maps = ex.maps(method, **how).detach()
     sizes = maps.sum((1, 2))/maps.sum((1, 2)).max().clamp(min=1e-30)
@@ -125,7 +130,7 @@ def show_explanation(
     fig.tight_layout(pad=.5, h_pad=1.6)
     return fig
 
-# %% ../../nbs/explain/52_figures.ipynb #69361c02
+# %% ../../nbs/explain/52_figures.ipynb #07315ea0
 def show_methods(
     ex: Explanation,
     *words,                 # labels or their numbers, a row each; none: the first label
@@ -140,19 +145,21 @@ def show_methods(
     for method, column in zip(methods, axes.T):
         column[0].set_title(method.replace('_', ' '), fontsize=8)
         try: maps = ex.maps(method).detach()
-        except ValueError: maps = None
+        except ValueError as error:
+            if 'model has changed' in str(error): raise
+            maps = None
         for i, ax in zip(rows, column):
             ax.axis('off')
             if maps is None: ax.text(.5, .5, 'no such map', ha='center', fontsize=8); continue
             lay_map(ax, seen, maps[i], smooth=smooth)
             if boxes is not None: show_boxes(ax, boxes, maps.shape[1:], seen.shape[:2])
     for i, ax in zip(rows, axes[:, 0]):
-        ax.text(-.06, .5, ex.labels[i], rotation=90, transform=ax.transAxes, ha='right', va='center',
-                fontsize=10, color=title_of(ex, i)['color'])
+        ax.text(-.06, .5, ex.labels[i], parse_math=False, rotation=90, transform=ax.transAxes, ha='right',
+                va='center', fontsize=10, color=title_of(ex, i)['color'])
     fig.tight_layout(pad=.5)
     return fig
 
-# %% ../../nbs/explain/52_figures.ipynb #36bd453b
+# %% ../../nbs/explain/52_figures.ipynb #b0a81697
 def times_even(
     ex: Explanation,
     method: str='relevance',   # a key of `METHODS`
@@ -181,26 +188,28 @@ def show_patch(
     values, places = times[:, row, column].tolist(), range(len(ex.labels))
     right.barh(places, values, color=[title_of(ex, i)['color'] for i in places])
     right.axvline(1, color='k', lw=.8, ls=':'); right.invert_yaxis()
-    right.set_yticks(places, ex.labels, fontsize=8); right.set_xlabel('times an even share', fontsize=8)
+    right.set_yticks(places, ex.labels, fontsize=8, parse_math=False)
+    right.set_xlabel('times an even share', fontsize=8)
     fig.tight_layout(pad=.5)
     return fig
 
-# %% ../../nbs/explain/52_figures.ipynb #7eab42e9
+# %% ../../nbs/explain/52_figures.ipynb #a6fba7a9
 def token_names(
     ex: Explanation,
 ) -> list[str]:      # one for each text token; marks have none
-    "The words of the text by place: hidden words are read where they stand, next words one place before"
+    "The words of the text by place: as the case names them, else told by where labels are read"
+    if ex.case.names is not None: return list(ex.case.names)
     stream, first = ex.layout.stream_of('text'), ex.case.whole
     span = next(s for at, s in ex.layout.spans('text') if at == stream)
-    places = [origin.get(stream, -1) for origin in ex.case.origins[first:]]
-    next_word = ex.case.rows == 1 and not first
-    if len(set(places)) == len(places): places = [p - span.start + next_word for p in places]
-    else: places = range(1, len(places) + 1)                     # all read at one end, as in CLIP: in order
-    names = dict(zip(places, ex.labels[first:]))
-    if all(name.startswith('score ') for name in names.values()): names = {}      # scores without words
+    told = zip(ex.case.origins[first:], ex.labels[first:])
+    read = [(o[stream] - span.start, label) for o, label in told if stream in o]
+    alone = stream not in [at for at, _ in ex.layout.spans('image')]    # hidden words share it with patches
+    next_word = bool(read) and alone and ex.case.rows == 1 and not first and read[0][0] == 0
+    names = {place + next_word: label for place, label in read}
+    if len(names) < len(read) or all(l.startswith('score ') for _, l in read): names = {}
     return [names.get(i, '·') for i in range(span.stop - span.start)]
 
-# %% ../../nbs/explain/52_figures.ipynb #b9b5bd8b
+# %% ../../nbs/explain/52_figures.ipynb #90c135ba
 def show_text(
     ex: Explanation,
     method: str='relevance',   # a key of `METHODS`
@@ -216,17 +225,17 @@ def show_text(
     fig = Figure(figsize=(.42*len(names) + 1.2, .32*len(ex.labels) + .9), dpi=100)
     ax = fig.subplots()
     ax.set_facecolor(PALETTE['light']); ax.imshow(table.numpy(), cmap='cividis', aspect='auto')
-    ax.set_xticks(range(len(names)), names, rotation=60, fontsize=8)
-    ax.set_yticks(range(len(ex.labels)), ex.labels, fontsize=8, color=PALETTE['text'])
+    ax.set_xticks(range(len(names)), names, rotation=60, fontsize=8, parse_math=False)
+    ax.set_yticks(range(len(ex.labels)), ex.labels, fontsize=8, color=PALETTE['text'], parse_math=False)
     fig.tight_layout(pad=.5)
     return fig
 
-# %% ../../nbs/explain/52_figures.ipynb #17381c09
+# %% ../../nbs/explain/52_figures.ipynb #499c717b
 def carried(
     ex: Explanation,
     which,                     # a label or its number
     method: str='attention',   # 'attention', 'gradient' or 'attention_gradcam'
-    **how,                     # layer, head: of the looks that the word itself takes
+    **how,                     # layer, head: for the patches; text tokens: the mean of all
 ) -> tuple[Tensor, Tensor]:    # patches by latents `(m rows cols)`, summing to 1; text tokens `(n)`
     "What a word gets from each patch through each latent, and from each text token; without latents `m` is 1"
     i, spans = ex.label(which), [s for _, s in ex.layout.spans('image')]
@@ -264,7 +273,7 @@ def draw_ways(
         ax.plot(x, y, 'o', color=PALETTE['latent'], ms=4 + 10*share, zorder=4)
     return total
 
-# %% ../../nbs/explain/52_figures.ipynb #04c4ffc7
+# %% ../../nbs/explain/52_figures.ipynb #a930b1c6
 def draw_words(
     ax,                  # matplotlib axes
     names: list[str],    # of the text tokens, from above
@@ -274,21 +283,21 @@ def draw_words(
     "The word, and lines from the words that it listened to"
     shares = (heard/heard.sum().clamp(min=1e-30)).tolist()
     x, n = ACROSS['word'], len(names)
-    ax.text(x, .5, said, color='w', fontsize=11, ha='center', va='center', weight='bold',
+    ax.text(x, .5, said, parse_math=False, color='w', fontsize=11, ha='center', va='center', weight='bold',
             bbox=dict(facecolor=PALETTE['text'], edgecolor='none', boxstyle='round,pad=.25'), zorder=5)
     for k, (name, share) in enumerate(zip(names, shares)):
         y = (k + .5)/n
         ax.plot([x, x + .62], [.5, y], color=PALETTE['text'], lw=12*share, alpha=.6)
-        ax.text(x + .65, y, name, color=PALETTE['text'], fontsize=8, va='center')
+        ax.text(x + .65, y, name, parse_math=False, color=PALETTE['text'], fontsize=8, va='center')
 
-# %% ../../nbs/explain/52_figures.ipynb #542b680d
+# %% ../../nbs/explain/52_figures.ipynb #543d3af6
 def show_flow(
     ex: Explanation,
     which=0,                   # a label or its number
     *,
     method: str='attention',   # 'attention', 'gradient' or 'attention_gradcam'
     most: int=40,              # lines from patches that are drawn, the widest
-    **how,                     # layer, head: of the looks that the word itself takes
+    **how,                     # layer, head: for the patches; words are the mean of all layers and heads
 ) -> Figure:
     "Patches, latents, words: lines as wide as what flows from left to right into one word"
     through, heard = carried(ex, which, method, **how)
@@ -299,7 +308,9 @@ def show_flow(
     draw_words(ax, token_names(ex), heard, ex.labels[ex.label(which)])
     ax.set(xlim=(-.02, 3.35), ylim=(1.02, -.02)); ax.set_aspect('equal'); ax.axis('off')
     name = method.replace('_', ' ')
-    ax.set_title(f'{name}: the lines from patches carry {total:.0%}', fontsize=8, loc='left')
+    ways = ', '.join(f'{k} {v}' for k, v in how.items() if v is not None)
+    mixed = f' ({ways}); words: mean of all layers and heads' if ways else ''
+    ax.set_title(f'{name}: the lines from patches carry {total:.0%}{mixed}', fontsize=8, loc='left')
     fig.tight_layout(pad=.3)
     return fig
 

@@ -9,10 +9,11 @@ __all__ = ['MODELS', 'record_dropouts', 'record_interface', 'in_reading_order', 
            'said_log_probs', 'begun', 'own_words', 'blip_sees', 'judged_case', 'spoken_case', 'described_case',
            'answered_case', 'transformers_case']
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #cd4d3882
+# %% ../../nbs/explain/51_transformers_models.ipynb #98cf6a98
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from .one_call import at_rest
 from ..primitives.attention import Recording
 from ..primitives.layout import Case, Layout, Look, Span
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #8e1a686c
+# %% ../../nbs/explain/51_transformers_models.ipynb #10575c40
 @contextmanager
 def record_dropouts(
     model: nn.Module,
@@ -30,13 +31,14 @@ def record_dropouts(
 ):
     "Record the weights that pass through the dropout modules of attentions, as ViLT and BLIP have them"
     recording = Recording(gradients)
+    mine = get_ident()                           # other threads may use the model: none of our business
     with ExitStack() as hooks:
         for path in only:
-            hook = lambda _, __, weights, path=path: recording.add(path, weights)
+            hook = lambda _, __, w, path=path: recording.add(path, w) if get_ident() == mine else w
             hooks.callback(model.get_submodule(path + '.dropout').register_forward_hook(hook).remove)
         yield recording
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #79afca60
+# %% ../../nbs/explain/51_transformers_models.ipynb #e9f960b7
 @contextmanager
 def record_interface(
     model: nn.Module,
@@ -47,11 +49,11 @@ def record_interface(
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as kernels
     recording = Recording(gradients)
-    paths = {model.get_submodule(path): path for path in only}
+    paths, mine = {model.get_submodule(path): path for path in only}, get_ident()
     def watched(part, q, k, v, mask, scaling, **_):
         score = q @ k.mT*scaling
         weights = (score if mask is None else score + mask).softmax(-1, torch.float32).to(q.dtype)
-        if part in paths: weights = recording.add(paths[part], weights)
+        if part in paths and get_ident() == mine: weights = recording.add(paths[part], weights)
         return rearrange(weights @ v, 'b h n d -> b n h d'), weights
     name = f'vl_tutor_{id(recording)}'
     configs = {id(c): c for m in model.modules() if (c := getattr(m, 'config', None)) and not c.sub_configs}
@@ -103,7 +105,7 @@ def class_of(model: nn.Module) -> str:
         if c.__name__ in MODELS: return c.__name__
     raise ValueError(f'{type(model).__name__} is none of {", ".join(MODELS)}')
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #b0a34569
+# %% ../../nbs/explain/51_transformers_models.ipynb #416d695f
 @dataclass
 class Input:
     "A picture and a text as a transformers model takes them"
@@ -118,6 +120,11 @@ class Input:
     def at(self) -> Tensor:
         "Where the words are"
         return torch.arange(1, self.ids.shape[1] - 1)
+
+    @property
+    def names(self) -> list[str]:
+        "A name for each of the `n` tokens: markers have none"
+        return ['·', *self.words, '·']
 
 # %% ../../nbs/explain/51_transformers_models.ipynb #15fd7c19
 def part_of(processor, name: str, what: str):
@@ -246,7 +253,7 @@ def vilt_case(
     best, name = chosen_answer(x, target) if target != 'match' else (0, target)
     return whole_case(x, layout, lambda: vilt_logits(x, x.ids)[:, best], name, [dict(joint=0), *origins])
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #192415f5
+# %% ../../nbs/explain/51_transformers_models.ipynb #fa5c2ace
 def hidden_case(x: Input, layout: Layout, origins: list[dict[str, int]], mask_id: int|None) -> Case:
     "Log-probability of each word where a mask stands in its place; one row of the batch each"
     if mask_id is None: mask_id = getattr(getattr(x.processor, 'tokenizer', None), 'mask_token_id', None)
@@ -256,7 +263,7 @@ def hidden_case(x: Input, layout: Layout, origins: list[dict[str, int]], mask_id
     hidden[rows, x.at] = mask_id
     run = lambda: vilt_logits(x, hidden)[rows, x.at].log_softmax(-1)[rows, x.ids[0, x.at]]
     return Case(x.model, layout, run, x.words, origins, rows.tolist(), len(rows),
-        picture=x.pixels[0], record=record_dropouts)
+        picture=x.pixels[0], record=record_dropouts, names=x.names)
 
 # %% ../../nbs/explain/51_transformers_models.ipynb #6d932ce1
 def chosen_answer(x: Input, target: str) -> tuple[int, str]:
@@ -269,11 +276,11 @@ def chosen_answer(x: Input, target: str) -> tuple[int, str]:
         if name == target: return i, name
     raise ValueError(f"no answer {target!r} among the model's {len(names)}; 'answer' takes the likeliest")
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #570be62d
+# %% ../../nbs/explain/51_transformers_models.ipynb #62c287e9
 def whole_case(x: Input, layout: Layout, run: Callable, name: str, origins: list[dict[str, int]]) -> Case:
     "One score for the text as a whole"
     return Case(x.model, layout, run, [f'({name})', *x.words], origins, [0]*len(origins), whole=1,
-        picture=x.pixels[0], record=record_dropouts)
+        picture=x.pixels[0], record=record_dropouts, names=x.names)
 
 # %% ../../nbs/explain/51_transformers_models.ipynb #6bd9c787
 def clip_scores(x: Input) -> Tensor:
@@ -287,7 +294,7 @@ def clip_scores(x: Input) -> Tensor:
         less = unit(x.model.get_text_features(input_ids=x.ids.expand(len(keep), -1), attention_mask=keep))
     return x.model.logit_scale.exp()*torch.cat([said, said - less]) @ seen
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #64a0f7f4
+# %% ../../nbs/explain/51_transformers_models.ipynb #6072fd88
 def clip_case(
     x: Input,
     target: str,     # 'match' or 'words'
@@ -303,7 +310,7 @@ def clip_case(
     first, labels = (0, ['(match)', *x.words]) if target == 'match' else (1, x.words)
     t = len(labels)
     return Case(x.model, layout, lambda: clip_scores(x)[first:], labels, [dict(image=0, text=end)]*t,
-        list(range(t)), whole=1 - first, picture=x.pixels[0], record=record_interface)
+        list(range(t)), whole=1 - first, picture=x.pixels[0], record=record_interface, names=x.names)
 
 # %% ../../nbs/explain/51_transformers_models.ipynb #69f1dae1
 def blip_layout(
@@ -360,12 +367,13 @@ def judged_case(x: Input) -> Case:
     origins = [dict(text=i) for i in (0, *x.at.tolist())]
     return whole_case(x, blip_layout(x, x.ids.shape[1], 'text_encoder'), run, 'match', origins)
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #17a7e093
+# %% ../../nbs/explain/51_transformers_models.ipynb #1a997b57
 def spoken_case(x: Input, said: Tensor, layout: Layout, run: Callable, stream: str) -> Case:
     "One score for each word of `said (1 n)` after its beginning, read where the word before stands"
-    t = said.shape[1] - 1
-    return Case(x.model, layout, run, named(said[0, 1:], x.processor), [{stream: i} for i in range(t)],
-        list(range(t)), picture=x.pixels[0], record=record_dropouts)
+    labels, t = named(said[0, 1:], x.processor), said.shape[1] - 1
+    names = ['·', *labels[:-1]] if stream == 'text' else x.names     # an answerer's text: the question
+    return Case(x.model, layout, run, labels, [{stream: i} for i in range(t)],
+        list(range(t)), picture=x.pixels[0], record=record_dropouts, names=names)
 
 # %% ../../nbs/explain/51_transformers_models.ipynb #76374330
 def described_case(x: Input) -> Case:

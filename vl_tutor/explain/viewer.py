@@ -27,14 +27,14 @@ def png_bytes(
     figure.savefig(file, format='png', dpi=dpi, metadata={'Software': None})
     return file.getvalue()
 
-# %% ../../nbs/explain/52_viewer.ipynb #2cc7a6cc
+# %% ../../nbs/explain/52_viewer.ipynb #256f14de
 def usable(
     ex: Explanation,
 ) -> list[str]:      # keys of `METHODS`
-    "The methods that have a map for this model"
+    "The methods that have a map for this model; if the model has changed they stay, to say so"
     def works(method):
         try: return ex.maps(method) is not None
-        except ValueError: return False
+        except ValueError as error: return 'model has changed' in str(error)
     return [method for method in METHODS if works(method)]
 
 def knobs(
@@ -85,7 +85,7 @@ class Viewer:
 # %% ../../nbs/explain/52_viewer.ipynb #fef0b853
 from fastcore.basics import patch
 
-# %% ../../nbs/explain/52_viewer.ipynb #3acb9086
+# %% ../../nbs/explain/52_viewer.ipynb #a70ab645
 @patch
 @contextmanager
 def still_while(self: Viewer):
@@ -118,7 +118,8 @@ def chosen(self: Viewer) -> dict:
 @patch
 def point(self: Viewer):
     "Put the patch sliders on the largest patch of the chosen word"
-    best = self.ex.maps(self.method.value, **self.chosen())[self.word.value]
+    try: best = self.ex.maps(self.method.value, **self.chosen())[self.word.value]
+    except ValueError: return                                    # `draw` says why
     with self.still_while(): self.row.value, self.column.value = divmod(best.argmax().item(), best.shape[1])
 
 # %% ../../nbs/explain/52_viewer.ipynb #72fe6fb6

@@ -64,7 +64,7 @@ class Layout:
         for stream, _ in self.spans(kind): return stream
         raise ValueError(f'no {kind!r} tokens in the streams {", ".join(self.streams)}')
 
-# %% ../../nbs/primitives/08_layout.ipynb #ede34d13
+# %% ../../nbs/primitives/08_layout.ipynb #c77e49f3
 @dataclass
 class Case:
     "One picture and one text in front of one model, ready to be run and asked why"
@@ -78,3 +78,4 @@ class Case:
     whole: int = 0                    # so many labels at the front stand for the whole text
     picture: object = None            # what the model saw: PIL, or pixels `(3 s s)`
     record: Callable|None = None      # what watches the attention; None: `primitives.attention.record`
+    names: list[str]|None = None      # of all text tokens, '·' for a marker; None: see `origins`
