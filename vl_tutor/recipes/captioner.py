@@ -133,7 +133,7 @@ def finish(self: CaptionTool,
     mean, text = score.mean().item() if len(score) else 0., self.tokenizer.text
     return Caption(text(words).strip(), [text([w]).strip() for w in words], words, mean, looked)
 
-# %% ../../nbs/recipes/48_train_captioner.ipynb #8d4b89d2
+# %% ../../nbs/recipes/48_train_captioner.ipynb #ab9514b3
 @patch
 def case(self: CaptionTool,
     image,                   # one: PIL picture, path, or uint8 tensor `(3 s s)`
@@ -146,7 +146,7 @@ def case(self: CaptionTool,
     c, video = self.model.config.text, self.video([image]).to(self.model.vision.positions.dtype)
     words = self.caption([image])[0].ids if text is None else [
         i for i in self.tokenizer.encode([text])[0][0].tolist() if i not in (c.bos_id, c.eos_id)]
-    if not words and text is not None: raise ValueError(f'no word in the caption {text!r}: nothing to explain')
+    if not words and text is not None: raise ValueError(f'no word in the caption {text!r}')
     if not words: raise ValueError('the model has nothing to say about this picture')
     if len(words) + 2 > c.positions:
         raise ValueError(f'a caption of {len(words)} words; the language model reads {c.positions - 2}')
@@ -164,10 +164,10 @@ def written(self: CaptionTool,
         [self.tokenizer.text([w]).strip() for w in words], [dict(text=j) for j in at.tolist()],
         list(range(len(words))), picture=video[0, 0])
 
-# %% ../../nbs/recipes/48_train_captioner.ipynb #e72e3ac7
+# %% ../../nbs/recipes/48_train_captioner.ipynb #74a70691
 @patch
 def pointing(self: CaptionTool) -> dict:    # for `Explanation.maps`
-    "The reading that points best: what the last gated block looked at, through the latents"
+    "The reading that pointed best with the bundled weights: what the last gated block looked at"
     return dict(method='attention', layer=-1) if self.model.resampler else dict(method='gradcam')
 
 @patch

@@ -224,11 +224,11 @@ def whole(self: VLCTool, image: Tensor, ids: Tensor, mask: Tensor, target: str) 
     best = logits.argmax().item() if target == 'answer' else self.answers.index(target)
     return lambda: self.model.answer(image, ids, mask)[:, best], self.answers[best]
 
-# %% ../../nbs/recipes/54_vlc.ipynb #fee9c901
+# %% ../../nbs/recipes/54_vlc.ipynb #fbf883f7
 @patch
 def pointing(self: VLCTool,
     target: str|None=None,   # as `case` takes it
 ) -> dict:                   # for `Explanation.maps`
-    "The reading that points best: a middle layer"
+    "The reading that pointed best with the bundled weights, a middle layer"
     whole = target not in (None, 'words', 'match', 'rank')
     return dict(method='attention_gradcam' if whole else 'attention', layer=(self.model.config.layers - 1)//2)
