@@ -174,13 +174,16 @@ def named(
     tokens = part_of(processor, 'tokenizer', 'a text').convert_ids_to_tokens(ids.tolist())
     return [w.removesuffix('</w>') for w in tokens]
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #ee7d9dc3
+# %% ../../nbs/explain/51_transformers_models.ipynb #9f15a36b
 def ids_for(
     model: nn.Module,
     text: str|Tensor,   # words with a processor; or ids `(n)` or `(1 n)` with a marker at each end
     processor=None,
 ) -> Tensor:            # `(1 n)`
     "A text as numbers; ValueError where it is empty or too long"
+    if isinstance(text, Tensor) and (text.ndim not in (1, 2) or text.ndim == 2 and len(text) != 1
+                                     or text.is_floating_point() or text.dtype == torch.bool):
+        raise ValueError(f'one text is whole numbers (n) or (1 n), not {text.dtype} {tuple(text.shape)}')
     if isinstance(text, Tensor): ids = text.reshape(1, -1)
     else: ids = torch.tensor([part_of(processor, 'tokenizer', 'a text')(text)['input_ids']])
     n, limit = ids.shape[1], getattr(model.config, 'text_config', model.config).max_position_embeddings
@@ -394,7 +397,7 @@ def answered_case(
     read = lambda: x.model.text_encoder(input_ids=x.ids, encoder_hidden_states=blip_sees(x)).last_hidden_state
     return spoken_case(x, said, layout, lambda: said_log_probs(x.model.text_decoder, said, read()), 'answer')
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #90e137df
+# %% ../../nbs/explain/51_transformers_models.ipynb #3357b665
 def transformers_case(
     model: nn.Module,              # one of `MODELS`
     image,                         # see `pixels_for`
@@ -407,7 +410,8 @@ def transformers_case(
     "One picture and one text in front of a CLIP, ViLT or BLIP of transformers, ready to be explained"
     name = class_of(model)
     target = MODELS[name][0] if target is None else target
-    if 'answer' not in MODELS[name] and not (isinstance(target, str) and target in MODELS[name]):
+    own = isinstance(target, str) and target in MODELS[name]
+    if not own and ('answer' not in MODELS[name] or isinstance(target, str) and target in ('match', 'words')):
         raise ValueError(f'{name} explains {" or ".join(map(repr, MODELS[name]))}, not {target!r}')
     if text is None and name != 'BlipForConditionalGeneration':
         raise ValueError(f'{name} needs a text to explain')
