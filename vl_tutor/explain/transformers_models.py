@@ -174,17 +174,17 @@ def named(
     tokens = part_of(processor, 'tokenizer', 'a text').convert_ids_to_tokens(ids.tolist())
     return [w.removesuffix('</w>') for w in tokens]
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #9f15a36b
+# %% ../../nbs/explain/51_transformers_models.ipynb #dcacf2a5
 def ids_for(
     model: nn.Module,
     text: str|Tensor,   # words with a processor; or ids `(n)` or `(1 n)` with a marker at each end
     processor=None,
 ) -> Tensor:            # `(1 n)`
     "A text as numbers; ValueError where it is empty or too long"
-    if isinstance(text, Tensor) and (text.ndim not in (1, 2) or text.ndim == 2 and len(text) != 1
-                                     or text.is_floating_point() or text.dtype == torch.bool):
-        raise ValueError(f'one text is whole numbers (n) or (1 n), not {text.dtype} {tuple(text.shape)}')
-    if isinstance(text, Tensor): ids = text.reshape(1, -1)
+    if isinstance(text, Tensor):
+        if text.dtype != torch.long or text.shape[:-1] not in ((), (1,)):
+            raise ValueError(f'one text is whole numbers (n) or (1 n), not {text.dtype} {tuple(text.shape)}')
+        ids = text.reshape(1, -1)
     else: ids = torch.tensor([part_of(processor, 'tokenizer', 'a text')(text)['input_ids']])
     n, limit = ids.shape[1], getattr(model.config, 'text_config', model.config).max_position_embeddings
     if n < 3: raise ValueError('an empty text: between the two markers there is nothing to explain')
@@ -197,15 +197,9 @@ def seen_spans(grid: tuple[int, int], start: int=0) -> list[Span]:
     rows, cols = grid
     return [Span('cls', start, start + 1), Span('image', start + 1, start + 1 + rows*cols, grid=grid)]
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #314ec47a
-def own_looks(
-    model: nn.Module,
-    path: str,      # of the layers
-    stream: str,    # that looks at itself
-    inner: str='self_attn',
-    norm: str='layer_norm1',
-) -> list[Look]:
-    "One look for each layer of a tower"
+# %% ../../nbs/explain/51_transformers_models.ipynb #4927d924
+def own_looks(model: nn.Module, path: str, stream: str, inner='self_attn', norm='layer_norm1') -> list[Look]:
+    "One look for each layer at this path: its stream at itself"
     layers = range(len(model.get_submodule(path)))
     return [Look(f'{path}.{i}.{inner}', stream, (stream,), f'{path}.{i}.{norm}', call=0) for i in layers]
 
@@ -397,7 +391,7 @@ def answered_case(
     read = lambda: x.model.text_encoder(input_ids=x.ids, encoder_hidden_states=blip_sees(x)).last_hidden_state
     return spoken_case(x, said, layout, lambda: said_log_probs(x.model.text_decoder, said, read()), 'answer')
 
-# %% ../../nbs/explain/51_transformers_models.ipynb #3357b665
+# %% ../../nbs/explain/51_transformers_models.ipynb #88530333
 def transformers_case(
     model: nn.Module,              # one of `MODELS`
     image,                         # see `pixels_for`
@@ -417,7 +411,7 @@ def transformers_case(
         raise ValueError(f'{name} needs a text to explain')
     pixels = pixels_for(model, image, processor)
     ids = None if text is None else ids_for(model, text, processor)
-    words = [] if text is None else named(ids[0, 1:-1], processor)
+    words = named(ids[0, 1:-1], processor) if text is not None else []
     x = Input(model, pixels, patch_grid(model, pixels), ids, words, processor)
     if hasattr(model, 'vilt'): return vilt_case(x, target, mask_id)
     if name == 'BlipForImageTextRetrieval': return judged_case(x)
