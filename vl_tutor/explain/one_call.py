@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'READINGS', 'TABLE', 'TURN', 'record_tokens', 'gradients_ref', 'gradients', 'Explanation', 'known',
-           'one_of', 'case_of', 'bare_case', 'shape_of', 'run_watched', 'explain']
+           'one_of', 'case_of', 'shape_of', 'bare_case', 'run_watched', 'explain']
 
 # %% ../../nbs/explain/51_one_call.ipynb #878c34a3
 from collections.abc import Callable, Collection
@@ -148,7 +148,7 @@ def table(self: Explanation,
     take = slice(None) if head is None else slice(head, head + 1)
     return READINGS[method](a[:, take], None if method == 'attention' else self.slope('weights', k)[:, take])
 
-# %% ../../nbs/explain/51_one_call.ipynb #98196050
+# %% ../../nbs/explain/51_one_call.ipynb #43c7979d
 def known(
     method: str,
 ) -> str:     # the same; ValueError with the names of all methods if it is none
@@ -173,6 +173,7 @@ def origin(self: Explanation,
     read_in = self.case.origins[0]
     return source if source in read_in else next(iter(read_in))
 
+# %% ../../nbs/explain/51_one_call.ipynb #5f548a19
 @patch
 def readers(self: Explanation,
     method: str,           # a key of `METHODS`
@@ -195,7 +196,7 @@ def picked(self: Explanation, method: str, kind: str, layer: int|None) -> list[i
     if layer is None: return found[-1:] if method == 'gradcam' else found
     return [found[one_of(layer, len(found), f'{method} has layer')]]
 
-# %% ../../nbs/explain/51_one_call.ipynb #83b305d7
+# %% ../../nbs/explain/51_one_call.ipynb #569d930f
 @patch
 def flow(self: Explanation,
     method: str='relevance',     # or 'rollout'
@@ -214,6 +215,7 @@ def flow(self: Explanation,
     if method == 'rollout': return rollout(tables, self.layout, [self.gates[k] for k in ks])
     return relevance(tables, self.layout)
 
+# %% ../../nbs/explain/51_one_call.ipynb #7b92e8bd
 @patch
 def between(self: Explanation,
     method: str,               # 'attention', 'gradient' or 'attention_gradcam'
@@ -299,7 +301,7 @@ def maps(self: Explanation,
     frames = found.unflatten(1, (len(spans), *spans[0].grid))                       # (labels f r c)
     return frames.sum(1) if frame is None else frames[:, one_of(frame, len(spans), 'the video has frame')]
 
-# %% ../../nbs/explain/51_one_call.ipynb #bb1b545c
+# %% ../../nbs/explain/51_one_call.ipynb #024b60c1
 def case_of(
     model,             # see `explain`
     image, text, target,
@@ -315,6 +317,14 @@ def case_of(
     raise ValueError(f'{type(model).__name__} has no case() of its own: give a tool, or a model with a '
                      'layout together with target=function(model, image, text) that returns scores')
 
+# %% ../../nbs/explain/51_one_call.ipynb #0f0bff2a
+def shape_of(
+    x,        # anything
+) -> str:     # for a sentence
+    "The shape of a tensor, the kind of anything else"
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+
+# %% ../../nbs/explain/51_one_call.ipynb #ba4f36df
 def bare_case(
     model: nn.Module,      # with a `layout(words, frames)`
     image: Tensor,         # pixels as the model reads them, one row
@@ -347,12 +357,6 @@ def bare_case(
             raise ValueError(f'no token {at} in a stream {stream!r}; streams: {", ".join(layout.streams)}')
     return Case(model, layout, lambda: target(model, image, text), labels, origins, list(range(len(labels))),
                 picture=image.flatten(0, -4)[0] if image.ndim > 3 else None)
-
-def shape_of(
-    x,        # anything
-) -> str:     # for a sentence
-    "The shape of a tensor, the kind of anything else"
-    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
 
 # %% ../../nbs/explain/51_one_call.ipynb #8874a98e
 TURN = RLock()    # threads that share a model ask one after the other
