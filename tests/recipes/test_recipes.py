@@ -146,7 +146,10 @@ def test_no_words_and_no_latents_have_no_maps(tool):
     assert tool.finish(tool.video(pictures(1)), [], True, True).maps.shape == (0, 1, 1)
     blind = CaptionTool(Captioner(BLIND).eval(), world_tokenizer(), {})
     assert blind.caption(pictures(1), maps=True, decoding='greedy')[0].maps is None
-    with pytest.raises(ValueError, match='image'): blind.where(blind.video(pictures(1)), [9, 12])
+    video = blind.video(pictures(1))
+    with pytest.raises(ValueError, match='image'): explain(blind.written(video, [9, 12])).maps('attention')
+    want = explain(blind.written(video, [9, 12])).maps('gradcam')               # by way of the prefix, which is no look
+    assert torch.allclose(blind.where(video, [9, 12]), want/want.sum((1, 2), keepdim=True).clamp(min=1e-30))
 
 
 def test_asking_for_maps_leaves_no_trace(tool):
