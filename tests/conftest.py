@@ -2,10 +2,21 @@
 import os
 import shutil
 import pytest
+import torch
 from house import make, root
 
 for name, value in dict(OMP_NUM_THREADS='2', MPLBACKEND='Agg', HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', GRADIO_ANALYTICS_ENABLED='False',
                         HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='false').items(): os.environ.setdefault(name, value)
+
+
+@pytest.fixture
+def one_thread():
+    "The same sums on every machine"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 @pytest.fixture(scope='session')
 def project(tmp_path_factory):

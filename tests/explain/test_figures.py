@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from one_scene import IMAGE, TEXT
 from PIL import Image
 from vl_tutor.data.transforms import normalised
 from vl_tutor.explain.figures import (SCALES, alt_text, carried, seen_pixels, lay_map, place_name, show_explanation, show_flow, show_methods,
@@ -16,20 +17,8 @@ from vl_tutor.models.captioner import Captioner, CaptionerConfig
 from vl_tutor.primitives.notation import PALETTE
 from vl_tutor.recipes.captioner import load_captioner
 from vl_tutor.recipes.vlc import load_vlc
-from vl_tutor.world.language import captions
-from vl_tutor.world.scenes import World
 
 torch.manual_seed(0)
-SCENES = World('pair', 'test', skin='mixed', image_size=48).scenes(torch.arange(4))
-IMAGE, TEXT = World('pair', 'test', skin='mixed', image_size=48).draw(SCENES)[1], captions(SCENES)[1]
-
-
-@pytest.fixture(scope='module')
-def said(): return explain(load_captioner(), IMAGE, TEXT)
-@pytest.fixture(scope='module')
-def hidden(): return explain(load_vlc(), IMAGE, TEXT)
-@pytest.fixture(scope='module')
-def match(): return explain(load_vlc(), IMAGE, TEXT, 'match')
 
 
 def film():

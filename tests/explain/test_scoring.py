@@ -15,14 +15,7 @@ from vl_tutor.world.scenes import World
 whole = st.integers(0, 48)
 box = st.tuples(whole, whole, whole, whole).map(lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3])))
 full_box = box.filter(lambda b: b[2] > b[0] and b[3] > b[1])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

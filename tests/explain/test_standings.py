@@ -15,14 +15,7 @@ from vl_tutor.world.questions import read_question
 from vl_tutor.world.tasks import make_task, things
 
 TINY = dict(valid=2, test=2, costly=1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def test_the_thing_asked_has_the_answer():

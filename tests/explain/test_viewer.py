@@ -3,26 +3,11 @@ import io
 import numpy as np
 import pytest
 import torch
+from one_scene import BOXES
 from PIL import Image
 from vl_tutor.explain.figures import show_explanation, show_patch, times_even
 from vl_tutor.explain.one_call import METHODS, TABLE, explain
 from vl_tutor.explain.viewer import SHARP, GateViewer, Viewer, gate_runs, gate_steps, knobs, png_bytes, show_gates, usable
-from vl_tutor.recipes.captioner import load_captioner
-from vl_tutor.recipes.vlc import load_vlc
-from vl_tutor.world.language import captions
-from vl_tutor.world.scenes import World
-
-WORLD = World('pair', 'test', skin='mixed', image_size=48)
-SCENES = WORLD.scenes(torch.arange(4))
-IMAGE, TEXT, BOXES = WORLD.draw(SCENES)[1], captions(SCENES)[1], WORLD.boxes(SCENES)[1]
-
-
-@pytest.fixture(scope='module')
-def said(): return explain(load_captioner(), IMAGE, TEXT)
-@pytest.fixture(scope='module')
-def hidden(): return explain(load_vlc(), IMAGE, TEXT)
-@pytest.fixture(scope='module')
-def match(): return explain(load_vlc(), IMAGE, TEXT, 'match')
 
 
 def by_hand(viewer, **how):

@@ -8,7 +8,7 @@ __all__ = ['STANDINGS', 'RECORDED_STANDINGS', 'SYSTEMS', 'NEVER', 'SURVEY', 'MOR
            'chance_of', 'all_maps', 'score_picture', 'blind_captioner', 'Entrant', 'tools_of', 'mean_and_error',
            'run_entrant', 'record_standings']
 
-# %% ../../nbs/explain/53_standings.ipynb #1db86dc9
+# %% ../../nbs/explain/53_standings.ipynb #2e96bc7a
 import copy, json, time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from torch import Tensor
-from .one_call import METHODS, Explanation, explain
+from .one_call import METHODS, TABLE, Explanation, explain
 from .scoring import (area_under, centre_map, coverage, deletion, insertion, joint_chances,
                                       map_iou, pointing_game, random_map, randomised, rank_correlation,
                                       told_boxes, word_chances, word_objects)
@@ -106,13 +106,13 @@ def pointing_rows(
     told = [-1]*ex.case.whole + word_objects(ex.labels[ex.case.whole:])
     return tuple(torch.tensor(x) for x in zip(*[(i, k) for i, k in enumerate(told) if k >= 0]))
 
-# %% ../../nbs/explain/53_standings.ipynb #70fbc5fd
+# %% ../../nbs/explain/53_standings.ipynb #fa647dc6
 def ways(
     ex: Explanation,
     method: str,
 ) -> list[dict]:     # options of `ex.maps`
     "Every layer and their mean; for rollout and relevance, every depth that reaches the picture"
-    if method in ('rollout', 'relevance'):
+    if method in TABLE:
         source = ex.layout.stream_of('image')
         deep = lambda k: source in ex.flow(method, depth=k)[ex.origin(source)]
         return [dict(depth=k) for k in range(1, len(ex.looks) + 1) if deep(k)]

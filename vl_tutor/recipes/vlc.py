@@ -179,8 +179,8 @@ def word_maps(self: VLCTool,
     words = [i for i, k in enumerate(ids[0].tolist()) if k not in self.tokenizer.special_ids]
     return self.tokenizer.tokens(ids[0, words]), maps[words]
 
-# %% ../../nbs/recipes/54_vlc.ipynb #e0ba11f0
-TARGETS = dict(match='itm', rank='rank', answer='vqa')    # what a whole text is scored for, by which head
+# %% ../../nbs/recipes/54_vlc.ipynb #f8b02f9f
+TARGETS = ('match', 'rank', 'answer')    # what a whole text is scored for
 
 @patch
 def case(self: VLCTool,
